@@ -1,0 +1,138 @@
+"""The equations of LARS, in order: the float64 truth, and the portable backend.
+
+Symbols: w weight, g gradient, v momentum buffer, γ lr, μ momentum, τ dampening, β weight decay,
+η trust coefficient, ε eps, N(·) the L2 norm of one tensor. You, Gitman, Ginsburg 2017, Algorithm 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Options(NamedTuple):
+    """Hyper-parameters of one tensor; `LARS` documents each."""
+
+    lr: Any = 1.0
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    trust_coefficient: float = 0.001
+    eps: float = 1e-8
+    dampening: float = 0.0
+    nesterov: bool = False
+    denominator: str = "sum"
+    lr_in_momentum: bool = True
+    trust_clip: bool = False
+    decay_zero_norm: bool = True
+    adapt: bool = True
+    maximize: bool = False
+
+
+def scalar(value: Any, like: Tensor) -> Tensor:
+    """A number or 1-element tensor as a 0-dim tensor of the dtype and device of `like`."""
+    if isinstance(value, Tensor):
+        return value.to(like).reshape(())
+    return torch.tensor(value, dtype=like.dtype, device=like.device)
+
+
+def square_sums(w: Tensor, g: Tensor, o: Options, scale: Any = 1.0) -> Tensor:
+    """N(w)², N(g)², N(d)² with g divided by `scale` and d = g + βw."""
+    g = (-g if o.maximize else g) / scale
+    d = g + o.weight_decay * w
+    return torch.stack([(w * w).sum(), (g * g).sum(), (d * d).sum()])
+
+
+def trust_ratios(sums: Tensor, options: Sequence[Options]) -> tuple[Tensor, Tensor]:
+    """For rows [N(w)², N(g)², N(d)²]: the trust ratio q of each, and the decay that d keeps."""
+
+    # One column an option; `lr` may be a tensor, also on the device.
+    def column(name: str) -> Tensor:
+        values = [getattr(o, name) for o in options]
+        return torch.tensor(values, dtype=sums.dtype, device=sums.device)
+
+    lr = torch.stack([scalar(o.lr, sums) for o in options])
+    w_norm, g_norm, d_norm = sums.sqrt().unbind(1)
+    mode = [o.denominator for o in options]
+    of_d, of_sum = (
+        torch.tensor([m == k for m in mode], device=sums.device) for k in ("decayed", "sum")
+    )
+    norm = torch.where(of_d, d_norm, g_norm)
+    adapt, decay = column("adapt").bool(), column("weight_decay")
+    adapted = adapt & (w_norm != 0) & (norm != 0)
+    below = norm + torch.where(of_sum, decay * w_norm, 0) + column("eps")
+    q = column("trust_coefficient") * w_norm / torch.where(adapted, below, 1)
+    clipped = torch.where(lr == 0, 1, q / torch.where(lr == 0, 1, lr))  # the limit as lr goes to 0
+    q = torch.where(column("trust_clip").bool(), torch.where(clipped > 1, 1, clipped), q)
+    raw = adapt & ~adapted & ~column("decay_zero_norm").bool()
+    return torch.where(adapted, q, 1), torch.where(raw, 0, decay)
+
+
+def update(
+    w: Tensor, g: Tensor, v: Tensor | None, q: Any, decay: Any, first: bool, o: Options,
+    scale: Any = 1.0,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """New w and v. `v` None: no momentum buffer (μ = 0)."""
+    lr = o.lr.to(w).reshape(()) if isinstance(o.lr, Tensor) else o.lr
+    d = (-g if o.maximize else g) / scale + decay * w
+    u = (lr * q if o.lr_in_momentum else q) * d
+    out = 1.0 if o.lr_in_momentum else lr
+    if v is None:
+        return w - out * u, None
+    v = u if first else o.momentum * v + (1 - o.dampening) * u
+    return w - out * (u + o.momentum * v if o.nesterov else v), v
+
+
+def pieces(tensors: Sequence[Tensor | None], size: int) -> Iterator[list[Tensor | None]]:
+    """Equal views of same-shaped tensors, each of at most `size` elements (or one row)."""
+    shape = next(t.shape for t in tensors if t is not None)
+    if shape.numel() <= size:
+        yield list(tensors)
+        return
+    dim = max(range(len(shape)), key=shape.__getitem__)
+    step = max(1, shape[dim] * size // shape.numel())
+    for at in range(0, shape[dim], step):
+        count = min(step, shape[dim] - at)
+        yield from pieces([None if t is None else t.narrow(dim, at, count) for t in tensors], size)
+
+
+def step_(
+    weights: Sequence[Tensor], grads: Sequence[Tensor], buffers: Sequence[Tensor | None],
+    copies: Sequence[Tensor | None], options: Sequence[Options], first: Sequence[bool],
+    scale: Any = 1.0, sums: Tensor | None = None, size: int = 1 << 15,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One step in place on any tensors, in float64 piece by piece, each value rounded once.
+
+    Gives the sums and trust ratios. The memory that it takes beside is that of one piece.
+    """
+    sums = square_sums_of(weights, grads, options, scale, size) if sums is None else sums
+    ratios, decays = trust_ratios(sums, options)
+    for i, (w, g, v, c) in enumerate(zip(weights, grads, buffers, copies, strict=True)):
+        for w_, g_, v_, c_ in pieces([w, g, v, c], size):
+            v_wide = None if v_ is None else v_.to(sums.dtype)
+            w_wide, g_wide = w_.to(sums.dtype), g_.to(sums.dtype)  # type: ignore[union-attr]
+            new_w, new_v = update(
+                w_wide, g_wide, v_wide, ratios[i], decays[i], first[i], options[i], scale
+            )
+            w_.copy_(new_w)  # type: ignore[union-attr]
+            if v_ is not None and new_v is not None:
+                v_.copy_(new_v)
+            if c_ is not None:
+                c_.copy_(new_w)
+    return sums, ratios
+
+
+def square_sums_of(
+    weights: Sequence[Tensor], grads: Sequence[Tensor], options: Sequence[Options],
+    scale: Any = 1.0, size: int = 1 << 15,
+) -> Tensor:  # fmt: skip
+    """`square_sums` of every tensor, one row each, added up piece by piece."""
+    # MPS has no float64.
+    wide = torch.float32 if weights[0].device.type == "mps" else torch.float64
+    rows = []
+    for w, g, o in zip(weights, grads, options, strict=True):
+        parts = [square_sums(a.to(wide), b.to(wide), o, scale) for a, b in pieces([w, g], size)]  # type: ignore[union-attr]
+        rows.append(torch.stack(parts).sum(0))
+    return torch.stack(rows)

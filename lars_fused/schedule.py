@@ -1,0 +1,134 @@
+"""Learning rates for large batches: warm-up, polynomial decay, scaling with the batch size."""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+__all__ = ["WarmupPolynomialLR", "scaled_lr"]
+
+
+class WarmupPolynomialLR(LRScheduler):
+    """Linear warm-up, then polynomial decay, stepped once per iteration.
+
+    With t the number of steps taken, W = warmup_steps, T = total_steps, γ₀ the group's own learning
+    rate, f the start factor, γₑ = end_lr and p = power:
+
+        t < W:      γ = γ₀ (f + (1 − f) t / W)
+        W ≤ t < T:  γ = γₑ + (γ₀ − γₑ) (1 − (t − W) / (T − W))ᵖ
+        T ≤ t:      γ = γₑ
+
+    The paper trains with p = 2 and warm-up (You, Gitman, Ginsburg, "Large Batch Training of
+    Convolutional Networks", 2017); warm-up is from Goyal et al., "Accurate, Large Minibatch SGD",
+    2017.
+
+    Groups keep learning rates of their own; one held in a tensor is changed in place, so a captured
+    CUDA graph sees the new value. `state_dict` and `load_state_dict` carry the position. A resumed
+    run may give `last_epoch` instead: t − 1 after t steps; the groups then need the `initial_lr`
+    that the optimizer's saved state holds.
+
+    Args:
+        optimizer: any `torch.optim.Optimizer`.
+        warmup_steps: W, the iterations of warm-up; 0 for none.
+        total_steps: T, all iterations, warm-up included; more than warmup_steps.
+        power: p, finite and > 0.
+        warmup_start_factor: f, in [0, 1]. With 0 the first step is taken with a learning rate of 0.
+        end_lr: γₑ, finite and ≥ 0.
+        last_epoch: as in torch; −1 starts anew.
+
+    Raises:
+        ValueError: an argument is out of range.
+        TypeError: `optimizer` is none.
+        KeyError: `last_epoch` is given and a group has no `initial_lr`.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        warmup_steps: int,
+        total_steps: int,
+        power: float = 2.0,
+        warmup_start_factor: float = 0.0,
+        end_lr: float = 0.0,
+        last_epoch: int = -1,
+    ) -> None:
+        self.warmup_steps = _integer("warmup_steps", warmup_steps, at_least=0)
+        self.total_steps = _integer("total_steps", total_steps, at_least=self.warmup_steps + 1)
+        self.power = _real("WarmupPolynomialLR", "power", power, above=0.0)
+        self.warmup_start_factor = _real(
+            "WarmupPolynomialLR", "warmup_start_factor", warmup_start_factor, at_most=1.0
+        )
+        self.end_lr = _real("WarmupPolynomialLR", "end_lr", end_lr)
+        super().__init__(optimizer, _integer("last_epoch", last_epoch, at_least=-1))
+
+    def get_lr(self) -> list[float | Tensor]:
+        """The learning rate of every group at the current step."""
+        done = self.last_epoch
+        if done < self.warmup_steps:
+            start = self.warmup_start_factor
+            factor = start + (1.0 - start) * done / self.warmup_steps
+            return [base * factor for base in self.base_lrs]
+        decaying = self.total_steps - self.warmup_steps
+        left = max(0.0, 1.0 - (done - self.warmup_steps) / decaying) ** self.power
+        return [self.end_lr + (base - self.end_lr) * left for base in self.base_lrs]
+
+
+def scaled_lr(
+    base_lr: float, batch_size: int, base_batch_size: int = 256, rule: str = "linear"
+) -> float:
+    """The learning rate for a batch size, from one that is good at another.
+
+        linear:  γ = γ_base · B / B_base
+        sqrt:    γ = γ_base · √(B / B_base)
+
+    Linear: Goyal et al., "Accurate, Large Minibatch SGD", 2017. Square root: Krizhevsky, "One weird
+    trick for parallelizing convolutional neural networks", 2014; Hoffer et al., "Train longer,
+    generalize better", 2017.
+
+    Args:
+        base_lr: γ_base, finite and ≥ 0.
+        batch_size: B, over all processes and accumulated micro-batches; ≥ 1.
+        base_batch_size: B_base, the batch size that base_lr belongs to; ≥ 1.
+        rule: "linear" or "sqrt".
+
+    Returns:
+        The scaled learning rate.
+
+    Raises:
+        ValueError: an argument is out of range, or the rule is unknown.
+    """
+    base = _real("scaled_lr", "base_lr", base_lr)
+    ratio = _integer("batch_size", batch_size, at_least=1, owner="scaled_lr") / _integer(
+        "base_batch_size", base_batch_size, at_least=1, owner="scaled_lr"
+    )
+    if rule == "linear":
+        return base * ratio
+    if rule == "sqrt":
+        return base * math.sqrt(ratio)
+    raise ValueError(f"scaled_lr: rule={rule!r} is not allowed; must be 'linear' or 'sqrt'")
+
+
+def _integer(name: str, value: Any, *, at_least: int, owner: str = "WarmupPolynomialLR") -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < at_least:
+        raise ValueError(f"{owner}: {name}={value!r} is not allowed; must be an int >= {at_least}")
+    return int(value)
+
+
+def _real(
+    owner: str, name: str, value: Any, *, above: float | None = None, at_most: float = math.inf
+) -> float:
+    """A finite number ≥ 0, or > `above`, and ≤ `at_most`."""
+    real = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not real or value > at_most or (value < 0 if above is None else value <= above):
+        lower = ">= 0" if above is None else f"> {above:g}"
+        upper = "" if at_most == math.inf else f" and <= {at_most:g}"
+        raise ValueError(
+            f"{owner}: {name}={value!r} is not allowed; must be a finite number {lower}{upper}"
+        )
+    return float(value)
