@@ -1,0 +1,185 @@
+"""Train a small network on real images at batch 1,024 with LARS, and with SGD beside it.
+
+`python -m lars_fused.study.demo` (or `make demo`). It is a demonstration on 1,297 training images,
+not a claim: it prints what comes out, whichever way that is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from lars_fused.study import report
+from lars_fused.study.digits import Digits, load, small_alexnet_bn, steps_for
+from lars_fused.study.replay import Difference, replay, replay_interpreted
+from lars_fused.study.training import (
+    Recipe,
+    Recorder,
+    Run,
+    lars,
+    sgd,
+    sgd_tuned,
+    train,
+    warmup_steps,
+)
+
+REPLAYED_STEPS = 3
+
+
+def options(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line, checked: nothing is trained before every option is known to be usable."""
+    parser = argparse.ArgumentParser(prog="lars_fused.study.demo", description=__doc__)
+    parser.add_argument("--seeds", type=int, default=3, help="seeds for each optimizer (3)")
+    parser.add_argument("--epochs", type=float, default=40, help="epochs to train (40)")
+    parser.add_argument("--batch", type=int, default=1024, help="batch size (1,024)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo_output"), help="folder for the files"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="2 seeds, 3 epochs: does it run at all?"
+    )
+    chosen = parser.parse_args(argv)
+    if chosen.quick:
+        chosen.seeds, chosen.epochs = 2, 3
+    if chosen.seeds < 1:
+        parser.error(f"--seeds must be at least 1, not {chosen.seeds}")
+    if not 0 < chosen.epochs < math.inf:
+        parser.error(f"--epochs must be positive, not {chosen.epochs}")
+    images = len(load().train_labels)
+    if not 2 <= chosen.batch <= images:
+        parser.error(f"--batch must lie in 2..{images} (the training images), not {chosen.batch}")
+    return chosen
+
+
+def train_all(
+    data: Digits, recipes: list[Recipe], args: argparse.Namespace
+) -> tuple[list[Run], Recorder]:
+    """Every recipe with every seed, and the first steps of the first LARS run."""
+    # Imported here, as matplotlib and scikit-learn are: all of the extra `study`.
+    from tqdm import tqdm
+
+    recorder = Recorder(REPLAYED_STEPS)
+    runs: list[Run] = []
+    steps = steps_for(args.epochs, args.batch, len(data.train_labels))
+    total = steps * len(recipes) * args.seeds
+    # A bar in a file is noise: without a terminal the line of each finished run is the progress.
+    with tqdm(total=total, unit="step", leave=False, disable=not sys.stderr.isatty()) as bar:
+
+        def progress(run: Run) -> None:
+            bar.set_postfix_str(f"{run.recipe}, seed {run.seed}, loss {run.losses[-1]:.3f}", False)
+            bar.update()
+
+        for recipe in recipes:
+            for seed in range(args.seeds):
+                watch = recorder if recipe.name == "LARS" and seed == 0 else None
+                run = train(
+                    data,
+                    recipe,
+                    seed=seed,
+                    epochs=args.epochs,
+                    batch=args.batch,
+                    recorder=watch,
+                    progress=progress,
+                )
+                runs.append(run)
+                text = (
+                    f"  {run.recipe:11s} seed {seed}: {run.accuracy:6.2f} %  ({run.seconds:.1f} s)"
+                )
+                bar.write(text)
+                sys.stdout.flush()
+    return runs, recorder
+
+
+def compare_backends(recorder: Recorder, device: torch.device) -> Difference | None:
+    """The first steps once more through whichever of the two backends did not train."""
+    if device.type == "cuda":
+        return replay(recorder, "torch")
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return None
+    return replay_interpreted(recorder)
+
+
+def describe(difference: Difference | None) -> str:
+    """The outcome of the replay as text."""
+    if difference is None:
+        return "The kernels were not replayed: triton is not installed (it is built for Linux)."
+    what = {
+        "triton": "the real kernels under Triton's interpreter",
+        "torch": "the portable backend",
+    }
+    return (
+        f"The first {difference.steps} LARS steps replayed through {what[difference.backend]}:"
+        f"\nlargest difference {difference.absolute:.2e}, {difference.relative:.2e} of the largest "
+        f"weight of its tensor, over {difference.values:,} weights (float32 resolves 1.19e-07)."
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Trains, reports, replays, saves."""
+    args = options(argv)
+    began = time.perf_counter()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # On a CPU the portable backend is named, so that TRITON_INTERPRET=1 in the user's shell does
+    # not send every training step through the interpreter.
+    backend = "triton" if device.type == "cuda" else "torch"
+    if device.type == "cuda":
+        print(f"GPU: {torch.cuda.get_device_name()}: LARS trains with the kernels.")
+    else:
+        print("No GPU: LARS trains with the portable backend; its first steps are replayed below.")
+    data = load().to(device)
+    recipes = [lars(backend), sgd(args.batch), sgd_tuned()]
+    images, steps = (
+        len(data.train_labels),
+        steps_for(args.epochs, args.batch, len(data.train_labels)),
+    )
+    title = (
+        f"{images:,} handwritten digits, batch {args.batch:,}, {args.epochs:g} epochs "
+        f"({steps} steps), {args.seeds} seeds"
+    )
+    print(f"{title}; {len(data.test_labels)} images to test")
+    for recipe in recipes:
+        print(f"  {recipe.name:11s} {recipe.settings}", flush=True)
+
+    runs, recorder = train_all(data, recipes, args)
+    print(f"\n{report.accuracy_table(runs)}")
+    ours, *others = report.by_recipe(runs).values()
+    for theirs in others:
+        print(report.verdict(ours, theirs))
+    # In the network's order; the optimizer's is by group.
+    stats = {name: recorder.layer_stats[name] for name, _ in small_alexnet_bn().named_parameters()}
+    print(f"\nFirst LARS step, seed 0, by layer:\n{report.layer_table(stats)}")
+    difference = compare_backends(recorder, device)
+    print(f"\n{describe(difference)}")
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    epochs_per_step = args.batch / images
+    warmup = warmup_steps(steps) * epochs_per_step
+    report.plot(runs, epochs_per_step, warmup, title, args.out / "curves.png")
+    facts = {
+        "settings": {recipe.name: recipe.settings for recipe in recipes},
+        "seeds": args.seeds,
+        "epochs": args.epochs,
+        "batch": args.batch,
+        "steps": steps,
+        "device": str(device),
+        "torch": torch.__version__,
+        "replay": asdict(difference) if difference else None,
+    }
+    report.save(runs, stats, facts, args.out)
+    print(
+        f"\nFiles in {args.out.resolve()}: curves.png, curves.csv, layers.csv, summary.json "
+        f"({time.perf_counter() - began:.0f} s in all)"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""What every test shares: the tier that is running, its backend and device, fixed seeds.
+
+A tier is chosen as `make test` does it: `-m cpu`, `-m interpret` with TRITON_INTERPRET=1 in the
+environment, `-m codegen`, `-m gpu`. A test that holds for both backends carries several of the
+markers and takes the fixtures `backend` and `device`.
+"""
+
+import os
+import re
+
+import pytest
+import torch
+
+try:
+    from hypothesis import settings
+except ImportError:  # an environment for the gpu tier may have pytest alone
+    pass
+else:
+    # The same examples in every run of `make test`; new ones in every `make fuzz`.
+    settings.register_profile("default", deadline=None, derandomize=True, max_examples=25)
+    settings.register_profile("fuzz", deadline=None, max_examples=1000, print_blob=True)
+    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+TIERS = {"cpu", "interpret", "codegen", "gpu"}
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+torch.set_num_threads(1)
+
+if INTERPRETED:
+    from tests.interpreter import patch_once_a_launch
+
+    patch_once_a_launch()
+
+
+def running_tier(config: pytest.Config) -> str:
+    """`interpret`, `gpu`, or `cpu` for everything else."""
+    if INTERPRETED:
+        return "interpret"
+    chosen = re.search(r"(?<!not )\bgpu\b", config.getoption("markexpr"))
+    return "gpu" if chosen else "cpu"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    tier = running_tier(config)
+    for item in items:
+        marks = {mark.name for mark in item.iter_markers()}
+        if not marks & TIERS:
+            raise pytest.UsageError(
+                f"{item.nodeid} has no tier: mark it with one of {', '.join(sorted(TIERS))}"
+            )
+        if tier == "gpu" and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU: torch.cuda finds none"))
+        elif tier == "interpret" and "interpret" not in marks:
+            item.add_marker(
+                pytest.mark.skip(reason="not for the interpreter: unset TRITON_INTERPRET")
+            )
+        elif tier == "cpu" and not marks & {"cpu", "codegen"}:
+            remedy = "TRITON_INTERPRET=1" if "interpret" in marks else "-m gpu, on a GPU"
+            item.add_marker(pytest.mark.skip(reason=f"runs with {remedy}"))
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tier(pytestconfig: pytest.Config) -> str:
+    return running_tier(pytestconfig)
+
+
+@pytest.fixture
+def backend(tier: str) -> str:
+    """The backend that a contract test has to ask for: "torch" in the cpu tier, else "triton"."""
+    return "torch" if tier == "cpu" else "triton"
+
+
+@pytest.fixture
+def device(tier: str) -> str:
+    return "cuda" if tier == "gpu" else "cpu"
