@@ -18,32 +18,46 @@ class Row(NamedTuple):
     num_warps: int
     programs: int
     """Programs a multiprocessor."""
-    window: int
-    """Bytes of w and g that may lie between a norm item and its update item."""
+    window: int | None
+    """Bytes of w and g that may lie between a norm item and its update item; None for the share of
+    the device's L2 that leaves room for v as well."""
     evict: str
     """Eviction policy of the update pass, which uses everything for the last time."""
     poll_atomic: bool
     """Poll with an atomic read instead of a volatile load."""
     launches: int
     """1: norms and updates in one launch; 2: norms, then updates."""
+    max_registers: int | None
+    """Registers that the compiler may take in `lars_step` and `l2norm`. Left alone, ptxas aims for
+    64 and spills a few bytes; None leaves it alone."""
     record: str
     """What chose these numbers."""
 
 
 _PREDICTED = "bench/results/traffic and bench/results/codegen (predictions); not yet measured"
 
-# The window leaves room in 0.7 of the L2 for v as well: 0.47 of the L2's size (traffic model).
+# 0.7 of an L2 can be used, and w and g are two thirds of what a group of tensors spans with v.
+WINDOW_SHARE = 0.47
+
 ROWS = {
     # The longest prefix of an architecture's name wins.
-    "sm_80": Row(4096, 1024, 128, 128, 4, 4, 18_800_000, "evict_first", False, 1, _PREDICTED),
-    "sm_90": Row(4096, 1024, 128, 128, 4, 4, 28_200_000, "evict_first", False, 1, _PREDICTED),
-    "sm_100": Row(4096, 1024, 128, 128, 4, 4, 58_000_000, "evict_first", False, 1, _PREDICTED),
-    "sm": Row(4096, 1024, 128, 128, 4, 4, 2_800_000, "evict_first", False, 1, _PREDICTED),
+    "sm": Row(4096, 1024, 128, 128, 4, 4, None, "evict_first", False, 1, 80, _PREDICTED),
     # Spinning in a loop has known compiler bugs on AMD (README, "Two launches").
-    "gfx": Row(4096, 1024, 256, 128, 4, 4, 2_800_000, "", True, 2, _PREDICTED),
+    "gfx": Row(4096, 2048, 256, 128, 4, 4, None, "", True, 2, None, _PREDICTED),
     # The interpreter's cost is per operation: few, large blocks. Three programs: more than one.
-    "interpreter": Row(8192, 4096, 1024, 256, 4, 3, 1_000_000, "", False, 1, "test time on a CPU"),
+    "interpreter": Row(
+        8192, 4096, 1024, 256, 4, 3, 1_000_000, "", False, 1, None, "test time on a CPU"
+    ),
 }
+
+
+def compile_options(kernel: str, row: Row) -> dict[str, int]:
+    """Triton's compile options for a kernel."""
+    options = {"num_warps": row.num_warps}
+    # lars_update alone takes fewer registers when it is left alone.
+    if row.max_registers is not None and kernel != "lars_update":
+        options["maxnreg"] = row.max_registers
+    return options
 
 
 def row_for(architecture: str) -> Row:

@@ -1,0 +1,435 @@
+"""What the compiler makes of every kernel: registers, spills, access widths, atomics, polls.
+
+``python -m bench.codegen`` compiles each specialisation ahead of time for four targets, prints one
+line for each and writes ``bench/results/codegen/<triton version>.csv``. No GPU is needed: Triton
+carries ptxas, cuobjdump and an AMD assembler. Nothing here is a time; counts are predictions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import importlib
+import os
+import platform
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import astuple, dataclass, fields
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from lars_fused.kernels.tuning import compile_options, row_for
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lars_fused.launch import Dtypes, constants
+
+RESULTS = Path(__file__).parent / "results" / "codegen"
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One specialisation: a kernel, its argument types and its compile-time values."""
+
+    kernel: str  # "module:function"
+    case: str
+    signature: tuple[tuple[str, str], ...]
+    constexprs: tuple[tuple[str, Any], ...]
+    options: tuple[tuple[str, int], ...]
+
+    @property
+    def name(self) -> str:
+        """The kernel's function."""
+        return self.kernel.split(":")[1]
+
+    @property
+    def warps(self) -> int:
+        """Warps of a program."""
+        return dict(self.options)["num_warps"]
+
+
+@dataclass(frozen=True)
+class Build:
+    """The compiler's output in text form; ``assembly`` is PTX or amdgcn, ``machine`` SASS or ""."""
+
+    spec: Spec
+    target: str
+    ttir: str
+    ttgir: str
+    assembly: str
+    machine: str
+    resources: str  # cuobjdump's resource usage; "" on AMD, where amdgcn carries it
+    shared: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    ``ld128`` to ``st16``: global accesses by bits a thread moves, LDGSTS counted as a load.
+    ``spills``: to memory. ``scalar_spills``: AMD's, into lanes of a vector register.
+    """
+
+    kernel: str
+    case: str
+    target: str
+    warps: int
+    registers: int
+    stack: int
+    spills: int
+    scalar_spills: int
+    shared: int
+    resident: int
+    ld128: int
+    ld64: int
+    ld32: int
+    ld16: int
+    st128: int
+    st64: int
+    st32: int
+    st16: int
+    lds: int
+    sts: int
+    barriers: int
+    converts: int
+    poll: str
+    atomics: str
+
+
+@dataclass(frozen=True)
+class Block:
+    """A basic block: its instructions and the indices of the blocks that may follow."""
+
+    lines: tuple[str, ...]
+    successors: tuple[int, ...]
+
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+CASES = [
+    Dtypes(FP32, FP32, FP32),
+    Dtypes(FP32, BF16, FP32),
+    Dtypes(FP32, FP16, FP32),
+    Dtypes(BF16, BF16, FP32),
+    Dtypes(FP16, FP16, FP32),
+    Dtypes(BF16, BF16, BF16),
+    Dtypes(FP16, FP16, FP16),
+    Dtypes(FP32, BF16, FP32, BF16),
+    Dtypes(FP32, FP16, FP32, FP16),
+]
+# One list of tensors alone, for the public norms.
+LISTS = [Dtypes(dtype, None, FP32) for dtype in (FP32, BF16, FP16)]
+# Types of the run-time arguments. None is specialised on its value or alignment.
+SIGNATURE = (
+    dict.fromkeys(("items", "tensors", "group_words", "counter", "flags"), "*i64")
+    | dict.fromkeys(("groups", "partials", "sums", "ratios"), "*fp64")
+    | {"arrivals": "*i32", "grad_scale": "*fp32", "found_inf": "*fp32", "n_items": "i32"}
+)
+
+
+def specialisations(target: str) -> list[Spec]:
+    """Every specialisation of a target, with both forms of the poll.
+
+    The compile-time values are those that the launch layer and the target's tuning row give.
+    """
+    row = row_for(target)
+    specs = [_spec("lars_step", case, row) for case in CASES]
+    if not row.poll_atomic:
+        specs.append(_spec("lars_step", CASES[0], row._replace(poll_atomic=True), " poll=atomic"))
+    specs += [_spec("lars_update", case, row) for case in CASES]
+    norms = [_spec("l2norm", case, row) for case in (*CASES, *LISTS)]
+    return specs + list({spec.constexprs: spec for spec in reversed(norms)}.values())[::-1]
+
+
+def _spec(kernel: str, dtypes: Dtypes, row: Any, note: str = "") -> Spec:
+    values = constants(dtypes, row, kernel, False)
+    names = getattr(importlib.import_module(f"lars_fused.kernels.{kernel}"), kernel).arg_names
+    used = [letter for letter in ("w", "g", "v", "copy") if f"{letter.upper()}_DT" in values]
+    types = {letter: getattr(dtypes, letter) for letter in used}
+    case = " ".join(f"{n}={str(t).removeprefix('torch.')}" for n, t in types.items() if t)
+    return Spec(
+        f"lars_fused.kernels.{kernel}:{kernel}",
+        re.sub(r"float(?=\d)", "fp", case.replace("bfloat", "bf")) + note,
+        tuple((name, SIGNATURE.get(name, "constexpr")) for name in names),
+        tuple(values.items()),
+        tuple(compile_options(kernel, row).items()),
+    )
+
+
+@functools.cache
+def build(spec: Spec, target: str) -> Build:
+    """Compile one specialisation; cached for the life of the process."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise RuntimeError("TRITON_INTERPRET=1 replaces the compiler; unset it to read its output")
+    module, function = spec.kernel.split(":")
+    fn = getattr(importlib.import_module(module), function)
+    source = ASTSource(fn, dict(spec.signature), dict(spec.constexprs))
+    options = dict(spec.options)
+    compiled = triton.compile(source, target=TARGETS[target], options=options)
+    nvidia = TARGETS[target].backend == "cuda"
+    machine = resources = ""
+    if nvidia:
+        tool = triton.knobs.nvidia.cuobjdump.path
+        with tempfile.TemporaryDirectory() as folder:
+            cubin = Path(folder) / "kernel.cubin"
+            cubin.write_bytes(compiled.asm["cubin"])
+            machine = _output(tool, "-sass", str(cubin))
+            resources = _output(tool, "--dump-resource-usage", str(cubin))
+    return Build(
+        spec,
+        target,
+        compiled.asm["ttir"],
+        compiled.asm["ttgir"],
+        compiled.asm["ptx" if nvidia else "amdgcn"],
+        machine,
+        resources,
+        compiled.metadata.shared,
+    )
+
+
+def _output(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+@functools.cache
+def control_flow(text: str) -> list[Block]:
+    """Basic blocks of PTX, SASS or amdgcn; a branch ends a block, its target begins one."""
+    code: list[tuple[str, str, str]] = []  # label, instruction, branch target
+    label = ""
+    for raw in text.splitlines():
+        line = re.sub(r"(?:/\*.*?\*/|//.*|\s;\s.*)", "", raw).strip().rstrip("; ")
+        if found := re.match(
+            r"\s*/\*([0-9a-f]{4,})\*/\s+\S", raw
+        ):  # SASS: every line has an address
+            label = f"0x{int(found[1], 16):x}"
+        elif found := re.match(r"(\$L__BB\w+|\.LBB\w+):", line):
+            label = found[1]
+            continue
+        if re.match(r"[@a-zA-Z]", line) and not line.endswith(":"):
+            jump = re.search(
+                r"\b(?:bra|BRA|s_c?branch)\S*\s(?:.*\s)?(\$L\w+|\.LBB\w+|0x\w+)$", line
+            )
+            code.append((label, line, jump[1] if jump else ""))
+            label = ""
+    targets = {t for _, _, t in code if t}
+    starts = [i for i, c in enumerate(code) if i == 0 or c[0] in targets or code[i - 1][2]]
+    bounds = list(zip(starts, [*starts[1:], len(code)], strict=True))
+    block_of = {code[start][0]: n for n, start in enumerate(starts)}
+    blocks = []
+    for n, (start, end) in enumerate(bounds):
+        _, last, target = code[end - 1]
+        after = [block_of[target]] if target else []
+        # Falls through unless it ends in a return or in a branch whose only operand is its target.
+        if not re.match(r"(?:(?:bra|BRA|s_branch)\S*\s+\S+$|ret\b|EXIT\b|s_endpgm)", last):
+            after += [n + 1] if n + 1 < len(bounds) else []
+        blocks.append(Block(tuple(line for _, line, _ in code[start:end]), tuple(after)))
+    return blocks
+
+
+def in_loop(blocks: Sequence[Block], start: int, avoid: re.Pattern[str]) -> bool:
+    """Whether ``start`` can be reached from itself without meeting an instruction of ``avoid``."""
+    clear = [not any(avoid.search(line) for line in b.lines) for b in blocks]
+    seen: set[int] = set()
+    todo = list(blocks[start].successors)
+    while todo:
+        n = todo.pop()
+        if n == start:
+            return True
+        if n not in seen and clear[n]:
+            seen.add(n)
+            todo += blocks[n].successors
+    return False
+
+
+POLLS = {
+    "volatile": re.compile(r"\bld\.volatile\.global"),
+    "relaxed": re.compile(r"\bld\.(?:global\.)?(?:gpu\.)?relaxed|\bld\.global\.gpu\.relaxed"),
+    "acquire": re.compile(r"\bld\.(?:global\.)?(?:gpu\.)?acquire|\bld\.global\.gpu\.acquire"),
+    "coherent": re.compile(r"\bglobal_load_\S+ .*\bsc1\b"),
+}
+# A poll loop holds nothing but the poll. The loop over tickets surrounds everything, so a cycle
+# that passes a ticket draw, a publication or a tile access does not count.
+NOT_A_POLL = re.compile(
+    r"\batom\.|atomic_(?:add|swap)|\.v[24]\.|buffer_|dwordx4|st\.global|global_store"
+)
+
+
+def poll_forms(made: Build) -> list[str]:
+    """The forms of flag read that stand in a loop of their own in the generated code."""
+    blocks = control_flow(made.assembly)
+    found = set()
+    for n, block in enumerate(blocks):
+        for form, pattern in POLLS.items():
+            if any(pattern.search(line) for line in block.lines) and in_loop(blocks, n, NOT_A_POLL):
+                found.add(form)
+    return sorted(found)
+
+
+def widths(lines: Iterable[str]) -> Counter[str]:
+    """Global accesses by direction and width in bits, such as ``ld128``, in SASS or amdgcn."""
+    count: Counter[str] = Counter()
+    sizes = {"x4": 128, "x3": 96, "x2": 64, "": 32}
+    for line in lines:
+        if found := re.search(r"\b(LDG|LDGSTS|STG)(\.\S*)", line):
+            width = re.search(r"\.[US]?(256|128|64|16|8)(?=\.|$)", found[2])
+            kind = "st" if found[1] == "STG" else "ld"
+            count[f"{kind}{width[1] if width else 32}"] += 1
+        elif found := re.search(r"\b(?:global|buffer|flat)_(load|store)_(\w+)", line):
+            if found[2].startswith("dword"):
+                bits = sizes[found[2][5:]]
+            else:
+                bits = 16 if "short" in found[2] else 8
+            count[f"{found[1].replace('load', 'ld').replace('store', 'st')}{bits}"] += 1
+    return count
+
+
+def atomics(made: Build) -> Counter[str]:
+    """Atomic operations with their ordering, from the target's own instructions."""
+    if made.machine:
+        pattern = r"\b(?:atom|red)\.global[\w.]*|\bld\.(?:volatile\.global|global\.gpu)[\w.]*"
+    else:
+        pattern = r"\bglobal_atomic_\w+|\bbuffer_atomic_\w+|\bbuffer_wbl2 \w+|\bbuffer_inv \w+"
+    return Counter(re.findall(pattern, made.assembly))
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if not found:
+        raise ValueError(f"{pattern} not found in the compiler's output")
+    return int(found[1])
+
+
+def resident(target: str, warps: int, registers: int, shared: int) -> int:
+    """Programs that registers, shared memory and warp slots let one multiprocessor hold.
+
+    NVIDIA: cuda_occupancy.h (a warp's registers come in units of 256 from one of four 16K-register
+    partitions; shared memory in units of 128 bytes) and the CUDA programming guide's table of
+    compute capabilities (64 warps, 32 blocks, 164 or 228 KB shared, 1 KB of it reserved a block).
+    gfx942: LLVM's AMDGPUBaseInfo.cpp for gfx90a and later (4 SIMDs of 512 vector registers a
+    lane in units of 8, 8 waves a SIMD, 16 work groups and 64 KB of LDS a compute unit).
+    """
+    if target == "gfx942":
+        waves = 4 * min(8, 512 // max(8, -(-registers // 8) * 8))
+        return min(waves // warps, 16, 65536 // shared if shared else 16)
+    per_warp = max(256, -(-registers * 32 // 256) * 256)
+    by_shared = (164 if target == "sm_80" else 228) * 1024 // (-(-shared // 128) * 128 + 1024)
+    return min(4 * (16384 // per_warp) // warps, 64 // warps, 32, by_shared)
+
+
+@functools.cache
+def measure(made: Build) -> Row:
+    """Read the numbers of one line off the compiler's output."""
+    if made.machine:
+        code = made.machine
+        registers = _number(r"REG:(\d+)", made.resources)
+        stack = _number(r"STACK:(\d+)", made.resources) + _number(r"LOCAL:(\d+)", made.resources)
+        spills, scalar_spills = len(re.findall(r"\b(?:STL|LDL)\b", code)), 0
+        shared_ops = [len(re.findall(rf"\b{op}\b", code)) for op in ("LDS", "STS", "BAR")]
+    else:
+        code = made.assembly
+        registers = _number(r"\.vgpr_count:\s+(\d+)", code)
+        stack = _number(r"\.private_segment_fixed_size:\s+(\d+)", code)
+        spills = _number(r"\.vgpr_spill_count:\s+(\d+)", code)
+        scalar_spills = _number(r"\.sgpr_spill_count:\s+(\d+)", code)
+        shared_ops = [len(re.findall(p, code)) for p in (r"\bds_read", r"\bds_write", "s_barrier")]
+    seen = widths(code.splitlines())
+    spec = made.spec
+    return Row(
+        spec.name,
+        spec.case,
+        made.target,
+        spec.warps,
+        registers,
+        stack,
+        spills,
+        scalar_spills,
+        made.shared,
+        resident(made.target, spec.warps, registers, made.shared),
+        *(seen[f"{kind}{bits}"] for kind in ("ld", "st") for bits in (128, 64, 32, 16)),
+        *shared_ops,
+        made.ttgir.count("ttg.convert_layout"),
+        "+".join(poll_forms(made)) or "-",
+        " ".join(f"{n}*{op.replace(' ', '.')}" for op, n in sorted(atomics(made).items())) or "-",
+    )
+
+
+def environment() -> str:
+    """Versions and commit that a table was made with."""
+    root = Path(__file__).parent.parent
+    command = ("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    sha = done.stdout.strip() or "unknown"
+    versions = f"triton {triton.__version__}, torch {torch.__version__}"
+    return f"{versions}, python {platform.python_version()}, git {sha}"
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Aligned text, one line a row."""
+    names = [f.name for f in fields(Row)]
+    cells = [names, *([str(getattr(row, name)) for name in names] for row in rows)]
+    text = {n for n, f in enumerate(fields(Row)) if f.type == "str"}
+    lines = []
+    sizes = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
+        padded = (
+            c.ljust(w) if n in text else c.rjust(w)
+            for n, (c, w) in enumerate(zip(line, sizes, strict=True))
+        )
+        lines.append("  ".join(padded).rstrip())
+    return "\n".join(lines)
+
+
+def _row(task: tuple[Spec, str]) -> Row:
+    return measure(build(*task))
+
+
+def measure_all(targets: Sequence[str], jobs: int) -> list[Row]:
+    """Every specialisation of the targets, compiled by ``jobs`` processes."""
+    tasks = [(spec, target) for target in targets for spec in specialisations(target)]
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        return list(pool.map(_row, tasks, chunksize=4))
+
+
+def write_csv(rows: Sequence[Row], path: Path) -> None:
+    """Rows under one comment line that says what made them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        file.write(f"# {environment()}\n")
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([f.name for f in fields(Row)])
+        writer.writerows(astuple(row) for row in rows)
+
+
+def main() -> None:
+    """Print the table and keep it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--no-csv", action="store_true", help="print only")
+    args = parser.parse_args()
+    rows = measure_all(args.target, args.jobs)
+    print(f"# {environment()}")
+    print(table(rows))
+    if not args.no_csv and set(args.target) == set(TARGETS):
+        path = RESULTS / f"{triton.__version__}.csv"
+        write_csv(rows, path)
+        print(f"kept in {path.relative_to(RESULTS.parent.parent.parent)}")
+
+
+if __name__ == "__main__":
+    main()
