@@ -1,0 +1,178 @@
+"""`multi_tensor_l2norm` and `clip_grad_norm_` against float64, in both backends."""
+
+import math
+
+import pytest
+import torch
+
+from lars_fused import clip_grad_norm_, launch, multi_tensor_l2norm
+from tests.cases import Memory, bits, odd_layouts, regimes, small_row
+
+pytestmark = [
+    pytest.mark.cpu,
+    pytest.mark.interpret,
+    pytest.mark.gpu,
+    # numpy, under the interpreter, where a square or a product is to overflow
+    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
+]
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture
+def row(monkeypatch, device):
+    return small_row(monkeypatch, device)
+
+
+def placed(specs, dtype, device, scale=1.0):
+    memory = Memory(device)
+    tensors = [
+        memory.place(torch.randn(s.shape) * scale, dtype, s.name, s.w_offset, s.order, s.gap)
+        for s in specs
+    ]
+    return memory, tensors
+
+
+def truth(tensors):
+    return torch.stack([t.detach().double().cpu().norm() for t in tensors])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def test_every_regime(row, backend, device, dtype):
+    memory, tensors = placed(regimes(row), dtype, device)
+    before = bits(tensors)
+    norms = multi_tensor_l2norm(tensors, backend=backend)
+    assert norms.dtype == torch.float64
+    torch.testing.assert_close(norms.cpu(), truth(tensors), rtol=1e-6, atol=0)
+    together = multi_tensor_l2norm(tensors, per_tensor=False, backend=backend)
+    assert together.shape == ()
+    torch.testing.assert_close(together.cpu(), truth(tensors).norm(), rtol=1e-6, atol=0)
+    memory.check()
+    assert bits(tensors) == before
+
+
+def test_mixed_dtypes_keep_their_places(row, backend, device):
+    tensors = [torch.full((3,), float(i + 1), dtype=DTYPES[i % 3], device=device) for i in range(7)]
+    norms = multi_tensor_l2norm(tensors, backend=backend)
+    expected = torch.arange(1.0, 8.0, dtype=torch.float64) * math.sqrt(3)
+    torch.testing.assert_close(norms.cpu(), expected, rtol=1e-6, atol=0)
+
+
+def test_magnitudes_whose_squares_leave_fp32(row, backend, device):
+    scales = [1e-42, 1e-30, 1e-15, 1.0, 1e18, 3e37]
+    tensors = [torch.randn(row.chunk + 3, device=device) * s for s in scales]
+    norms = multi_tensor_l2norm(tensors, backend=backend)
+    torch.testing.assert_close(norms.cpu(), truth(tensors), rtol=1e-5, atol=0)
+    joint = multi_tensor_l2norm([tensors[0], tensors[-1]], per_tensor=False, backend=backend)
+    torch.testing.assert_close(joint.cpu(), truth(tensors)[-1], rtol=1e-5, atol=0)
+
+
+def test_layouts_and_dtypes_that_the_kernels_do_not_take(row, backend, device):
+    _, tensors = placed(odd_layouts(row)[:1], torch.float32, device)
+    tensors += [torch.randn(5, dtype=torch.float64, device=device), torch.randn(4, device=device)]
+    expected = truth(tensors)
+    torch.testing.assert_close(multi_tensor_l2norm(tensors).cpu(), expected, rtol=1e-6, atol=0)
+    if backend == "triton":
+        for i, remedy in ((0, "use a contiguous tensor"), (1, "the kernels take float32")):
+            with pytest.raises(RuntimeError, match=rf"tensors\[0\].*cannot read it.*{remedy}"):
+                multi_tensor_l2norm([tensors[i]], backend="triton")
+
+
+def test_one_launch_a_dtype(monkeypatch, row, backend, device):
+    launched, run = [], launch._run
+    monkeypatch.setattr(launch, "_run", lambda name, *a: (launched.append(name), run(name, *a)))
+    tensors = [torch.ones(row.chunk * 2, dtype=d, device=device) for d in DTYPES[:2] * 3]
+    multi_tensor_l2norm(tensors, backend=backend)
+    assert launched == (["l2norm"] * 2 if backend == "triton" else [])
+
+
+def test_nothing_and_empty_tensors(backend, device):
+    assert multi_tensor_l2norm([], backend=backend).shape == (0,)
+    assert multi_tensor_l2norm([], per_tensor=False, backend=backend) == 0
+    norms = multi_tensor_l2norm([torch.ones(0, device=device)], backend=backend)
+    assert norms.tolist() == [0.0]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_shows_in_its_own_tensor(row, backend, device, bad):
+    tensors = [torch.ones(row.chunk + 2, device=device) for _ in range(2)]
+    tensors[0][row.chunk] = bad
+    norms = multi_tensor_l2norm(tensors, backend=backend).cpu()
+    torch.testing.assert_close(norms[0].item(), bad, equal_nan=True)
+    assert norms[1] == pytest.approx(math.sqrt(row.chunk + 2))
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "text"),
+    [
+        (3.0, TypeError, r"tensors\[1\] is a float; must be a tensor"),
+        (torch.ones(2, dtype=torch.int32), RuntimeError, r"tensors\[1\].*int32.*floating-point"),
+        (torch.ones(2, dtype=torch.complex64), RuntimeError, r"tensors\[1\].*complex64"),
+        (torch.ones(2).to_sparse(), RuntimeError, r"tensors\[1\].*sparse"),
+    ],
+    ids=["a number", "integers", "complex", "sparse"],
+)
+def test_bad_tensors(backend, value, kind, text):
+    with pytest.raises(kind, match=text):
+        multi_tensor_l2norm([torch.ones(2), value], backend=backend)
+
+
+def test_an_unknown_backend():
+    with pytest.raises(ValueError, match=r"backend='cuda' is not allowed; must be one of \['auto'"):
+        multi_tensor_l2norm([torch.ones(2)], backend="cuda")
+
+
+def parameters(device, dtypes=DTYPES):
+    params = [torch.nn.Parameter(torch.ones(5, dtype=d, device=device)) for d in dtypes]
+    for i, p in enumerate(params):
+        p.grad = torch.full_like(p, 1.0 + i)
+    return [*params, torch.nn.Parameter(torch.ones(2, device=device))]  # the last has no gradient
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 0.5, 1e3, math.inf])
+def test_clips_as_torch_does(backend, device, max_norm):
+    ours, theirs = (parameters(device, [torch.float32] * 3) for _ in range(2))
+    total = clip_grad_norm_(ours, max_norm, backend=backend)
+    expected = torch.nn.utils.clip_grad_norm_(theirs, max_norm)
+    assert total.item() == pytest.approx(expected.item(), rel=1e-6)
+    for a, b in zip(ours[:3], theirs[:3], strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=0)
+    assert ours[3].grad is None
+
+
+def test_clips_every_dtype_by_one_factor(backend, device):
+    params = parameters(device)
+    norm = math.sqrt(5 * (1 + 4 + 9))
+    total = clip_grad_norm_((p for p in params), 1.0, backend=backend)  # a generator
+    assert total.item() == pytest.approx(norm, rel=1e-6)
+    for i, p in enumerate(params[:3]):
+        expected = torch.full((5,), (1.0 + i) / norm).to(p.dtype)
+        torch.testing.assert_close(p.grad.cpu(), expected)
+
+
+def test_one_tensor_and_nothing(backend, device):
+    p = parameters(device)[0]
+    assert clip_grad_norm_(p, 1.0, backend=backend).item() == pytest.approx(math.sqrt(5))
+    p.grad = None
+    assert clip_grad_norm_([p], 1.0, backend=backend) == 0
+
+
+def test_a_norm_that_is_not_finite(backend, device):
+    params = parameters(device, [torch.float32] * 2)
+    params[0].grad[1] = math.inf
+    before = bits([p.grad for p in params[:2]])
+    with pytest.raises(
+        RuntimeError, match=r"norm of the gradients is inf.*error_if_nonfinite=False"
+    ):
+        clip_grad_norm_(params, 1.0, error_if_nonfinite=True, backend=backend)
+    assert bits([p.grad for p in params[:2]]) == before
+    assert clip_grad_norm_(params, 1.0, backend=backend) == math.inf
+
+
+@pytest.mark.parametrize("max_norm", [-1.0, math.nan, "1", True])
+def test_a_bad_max_norm(backend, device, max_norm):
+    params = parameters(device)
+    before = bits([p.grad for p in params[:3]])
+    with pytest.raises(ValueError, match=r"max_norm=.* is not allowed; must be a number >= 0"):
+        clip_grad_norm_(params, max_norm, backend=backend)
+    assert bits([p.grad for p in params[:3]]) == before
