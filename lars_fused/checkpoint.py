@@ -89,9 +89,10 @@ class Restore:
                     f"{label}: the checkpoint's {name} has shape {tuple(value.shape)}; "
                     f"must be {tuple(p.shape)}"
                 )
-            if sharding.layout(value) not in (None, sharding.layout(p)):
+            where = sharding.layout(value)
+            if where not in (None, sharding.layout(p)):
                 raise ValueError(
-                    f"{label}: the checkpoint's {name} is laid out as {value.placements}, unlike "
+                    f"{label}: the checkpoint's {name} is laid out as {where}, unlike "
                     "the parameter; load with torch.distributed.checkpoint, which lays it out anew"
                 )
         # Loaded as it is, another optimizer's state would be ignored and its momentum lost.

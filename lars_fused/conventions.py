@@ -99,8 +99,8 @@ TIMM: Mapping[str, Any] = MappingProxyType(
 )
 """timm, `timm.optim.Lars`.
 
-The equations are those of `TORCHLARS`; timm's default momentum is 0, that of `LARS` 0.9. These are timm's names lars
-and nlars (nesterov); for larc and nlarc merge `{"trust_clip": True}`.
+The equations are those of `TORCHLARS`; timm's default momentum is 0, that of `LARS` 0.9. These are
+timm's names lars and nlars (nesterov); for larc and nlarc merge `{"trust_clip": True}`.
 
 timm adapts a group only if its weight decay is not 0, or with `always_adapt`: give the groups
 without decay `adapt=False`, as `param_groups` does. Remaining differences: with `trust_clip` timm
