@@ -22,13 +22,17 @@ ifneq ($(filter all floor,$(TIER)),)
 floor_ready := $(if $(floor),$(floor)/.ready)
 endif
 
-.PHONY: help demo test fuzz bench gpu lint clean
+.PHONY: help demo demo-ddp test fuzz bench gpu lint clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 16
 
 demo: $(ready) ## train a small network with LARS and with SGD at batch 1,024
 	$(run) -m lars_fused.study.demo
+
+demo-ddp: $(ready) ## train with DDP on two local processes; ARGS="..." is passed on
+	OMP_NUM_THREADS=1 PYTHONPATH=".$${PYTHONPATH:+:$$PYTHONPATH}" $(run) -m torch.distributed.run \
+		--standalone --nproc-per-node 2 examples/train_ddp.py $(ARGS)
 
 test: $(ready) $(floor_ready) ## lint, types and tests; TIER=lint|cpu|interpret|codegen|floor|gpu for one
 	$(run) ci/test.py $(TIER) $(if $(floor),--floor $(floor)) $(if $(ARGS),-- $(ARGS))

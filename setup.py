@@ -45,7 +45,7 @@ setup(
     python_requires=">=3.10",
     # The import package lars_fused.kernels lies beside lars_fused/, not inside it: the name
     # `kernels` on its own belongs to another distribution.
-    packages=["lars_fused", "lars_fused.kernels", "lars_fused.study"],
+    packages=["lars_fused", "lars_fused.distributed", "lars_fused.kernels", "lars_fused.study"],
     package_dir={"lars_fused": "lars_fused", "lars_fused.kernels": "kernels"},
     package_data={"lars_fused": ["py.typed"]},
     zip_safe=False,

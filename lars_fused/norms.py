@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -42,8 +43,9 @@ def multi_tensor_l2norm(
                 f"multi_tensor_l2norm: tensors[{i}] is a {type(t).__name__}; must be a tensor"
             )
         checks.check_readable(t, f"tensors[{i}]")
+        sharding.check(t, {}, partial(checks.describe, f"tensors[{i}]", t))
     if not tensors:
-        return torch.zeros([0] if per_tensor else [], dtype=torch.float64)
+        return torch.zeros([0] if per_tensor else [], dtype=torch.float64, device="cpu")
     squares = _squares([sharding.local(t.detach()) for t in tensors], backend)
     sharding.Shards(tensors).add_up_squares(squares)
     return squares.sqrt() if per_tensor else squares.sum().sqrt()
