@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -139,6 +139,37 @@ def same_layout(a: Tensor, b: Tensor) -> bool:
     return a.numel() == 0 or all(x == y for x, y, size in pairs if size > 1)
 
 
+def check_members(group: dict[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise unless every parameter of a new group is a leaf that stands nowhere else."""
+    if isinstance(group.get("params"), Iterator):
+        group["params"] = list(group["params"])  # torch does it too; an iterator is read once
+    params = group.get("params", ())
+    if isinstance(params, (Tensor, set)):
+        params = [params] if isinstance(params, Tensor) else []  # torch refuses a set
+    where = f"param_groups[{len(groups)}]['params']"
+    held = {
+        id(p): f"param_groups[{g}]['params'][{i}]"
+        for g, earlier in enumerate(groups)
+        for i, p in enumerate(earlier["params"])
+    }
+    for i, item in enumerate(params):
+        name, p = item if isinstance(item, tuple) and len(item) == 2 else (None, item)
+        if not isinstance(p, Tensor):
+            continue  # torch says what it wants
+        label = describe(f"{where}[{i}]", p, name)
+        if not p.is_leaf:
+            raise ValueError(
+                f"{label}: is a non-leaf tensor, the result of an operation; "
+                "pass the parameter that it comes from, or detach() it"
+            )
+        # Twice in one group: torch warns here, and step() refuses it.
+        if id(p) in held:
+            raise ValueError(
+                f"{label}: is a duplicate of {held[id(p)]}; "
+                "some parameters appear in more than one parameter group"
+            )
+
+
 def check_parameter(p: Tensor, label: Callable[[], str]) -> None:
     """Raise unless `p` is something LARS can update; `label()` begins the message."""
     if p.layout != torch.strided:
@@ -156,15 +187,24 @@ def check_parameter(p: Tensor, label: Callable[[], str]) -> None:
         raise RuntimeError(
             f"{label()}: is on the meta device; materialise it with to_empty() first"
         )
+    if not p.is_leaf:
+        raise ValueError(
+            f"{label()}: is a non-leaf tensor, the result of an operation; "
+            "pass the parameter that it comes from, or detach() it"
+        )
     if overlaps(p):
         raise RuntimeError(
             f"{label()}: elements share memory (an expanded tensor); use p.contiguous()"
         )
+    _check_storage(p, "its", label)
+
+
+def check_writable(p: Tensor, label: Callable[[], str]) -> None:
+    """Raise, as torch would, for an inference tensor outside of inference mode."""
     if p.is_inference() and not torch.is_inference_mode_enabled():
         raise RuntimeError(
             f"{label()}: was created in inference mode; use p.clone(), made outside of it"
         )
-    _check_storage(p, "its", label)
 
 
 def _check_storage(t: Tensor, whose: str, label: Callable[[], str]) -> None:

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from . import checks, launch, reference, sharding
 from .reference import Options
 
 _warned: set[str] = set()
+_DTYPE = attrgetter("dtype")
 
 
 def _warn_once(reason: str) -> None:
@@ -45,33 +47,33 @@ class Batch:
 
 
 def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
-    return [0 if t is None else t.data_ptr() for t in tensors]
+    try:
+        return list(map(torch.Tensor.data_ptr, tensors))  # type: ignore[arg-type]
+    except TypeError:  # some are None
+        return [0 if t is None else t.data_ptr() for t in tensors]
 
 
-def _facts(batch: Batch) -> list[Any]:
-    """What must not change for the tables of a `Stepper` to stay right; read every step."""
-    facts: list[Any] = []
-    for tensors in (batch.weights, batch.grads):
-        facts.append(list(map(torch.Tensor.stride, tensors)))
-        facts.append([t.dtype for t in tensors])
-        facts.append(list(map(torch.Tensor.size, tensors)))
-    return facts
+def _facts(grads: Sequence[Tensor]) -> list[Any]:
+    """What must not change of gradients, which may be other tensors at every step.
+
+    With the addresses, this is most of the host's time: a twentieth of a microsecond for an entry.
+    So strides are read only where "contiguous" does not fix them. A shape cannot change without an
+    address: PyTorch holds `p.grad` to the shape of `p`.
+    """
+    plain = list(map(torch.Tensor.is_contiguous, grads))
+    strides = [] if all(plain) else [g.stride() for g, p in zip(grads, plain, strict=True) if not p]
+    return [plain, strides, list(map(_DTYPE, grads))]
 
 
 def _places(batch: Batch) -> list[Any]:
-    """The same of the tensors that stay for many steps; read again when one of them has moved."""
+    """What must not change of any tensor; read when an address has changed."""
     return [
         t
         if t is None
         else (t.device, t.dtype, t.size(), t.stride(), t.untyped_storage().nbytes() == 0)
         for tensors in (batch.weights, batch.buffers, batch.copies)
         for t in tensors
-    ]
-
-
-def _all_addresses(batch: Batch) -> list[list[int]]:
-    w, v = _addresses(batch.weights), _addresses(batch.buffers)
-    return [w, v, _addresses(batch.copies), _addresses(batch.grads)]
+    ] + [(g.device, g.size(), g.untyped_storage().nbytes() == 0) for g in batch.grads]
 
 
 def kernel_objection(w: Tensor, g: Tensor, v: Tensor | None, copy: Tensor | None) -> str | None:
@@ -105,19 +107,27 @@ class Stepper:
         spare: bool = False,
         shards: sharding.Shards | None = None,
     ):
-        self.facts, self.places = _facts(batch), _places(batch)
-        self.addresses = _all_addresses(batch)
+        self._facts, self._places = _facts(batch.grads), _places(batch)
+        self._no_copies = all(c is None for c in batch.copies)
+        self._addresses: list[list[int]] = []
+        self._addresses = self._read_addresses(batch)
+        self._filled: list[list[int]] | None = None  # the addresses that the tables hold
         self.flags = self._flags(options)
         self.fresh = fresh
         self.auto = backend == "auto"
         self.portable: list[int] = []
         self.portable_taken = False
+        self._portable_results: list[tuple[list[int], Tensor, Tensor]] = []
         self.parts: list[tuple[list[int], launch.Work]] = []
         self.spares: list[launch.Work] = []
         self.captured: list[launch.Work] = []
         self.results: list[tuple[list[int], Tensor, Tensor]] = []
         self._options: Sequence[Options] | None = None
+        self._weights: list[Tensor] | None = None
+        self._written: list[Tensor] = []
         self._shards = shards or None  # None also where nothing is split
+        self._groups = batch.groups
+        self._empty = {i for i, w in enumerate(batch.weights) if w.numel() == 0}
         taken: dict[tuple[torch.device, launch.Dtypes], list[int]] = {}
         for i, w in enumerate(batch.weights):
             g, v, c = batch.grads[i], batch.buffers[i], batch.copies[i]
@@ -196,21 +206,26 @@ class Stepper:
         """What the plan depends on: a change of another option only changes numbers in a table."""
         return [(o.adapt, o.momentum != 0) for o in options]
 
+    def _read_addresses(self, batch: Batch) -> list[list[int]]:
+        w, v, g = (_addresses(ts) for ts in (batch.weights, batch.buffers, batch.grads))
+        if self._no_copies and self._addresses:
+            return [w, g, v, self._addresses[3]]
+        return [w, g, v, _addresses(batch.copies)]
+
     def fits(self, batch: Batch, options: Sequence[Options]) -> bool:
         """Whether the same checks and plans would come out for this batch."""
         if options is not self._options and self._flags(options) != self.flags:
             return False
         try:
-            if _facts(batch) != self.facts:
+            if _facts(batch.grads) != self._facts:
                 return False
-        except RuntimeError:  # a sparse gradient has no strides
+        except (RuntimeError, TypeError):  # a sparse gradient has no strides, None has nothing
             return False
-        addresses, before = _all_addresses(batch), self.addresses
-        if addresses[:3] != before[:3] and _places(batch) != self.places:
-            return False
-        if addresses[3].count(0) != before[3].count(0):  # a gradient's storage was freed
-            return False
-        self.addresses = addresses
+        addresses = self._read_addresses(batch)
+        if addresses != self._addresses:
+            if _places(batch) != self._places:
+                return False
+            self._addresses = addresses
         return True
 
     def run(
@@ -230,9 +245,10 @@ class Stepper:
                 )
             works, self.spares = self.spares, []
             self.captured += works
+            self._fill(works, options, own=False)
         else:
             self._add_spares()
-        self._fill(works, options)
+            self._fill(works, options, own=True)
         self._options = options
         self.results = []
         whole = self._whole_norms(works, batch, options, grad_scale)
@@ -242,6 +258,9 @@ class Stepper:
             split = self._shards is not None and self._shards.among(index)
             try:
                 (work.update if split else work.step)(scale, skip)
+                if work.plan.items.numel() == 0:
+                    # No program counts the steps: empty parts of tensors that other ranks step.
+                    work.counter += (work.zero if skip is None else skip).eq(0).long() << 32
             except Exception as error:
                 untouched = work.recover()
                 if not (self.auto and untouched) or split:
@@ -255,15 +274,23 @@ class Stepper:
         self.parts = [(index, work) for index, work in self.parts if index is not self._lost(index)]
         if self.portable:
             self._run_portable(batch, options, grad_scale, found_inf, whole)
-        written = [w if c is None else c for w, c in zip(batch.weights, batch.copies, strict=True)]
-        torch.autograd.graph.increment_version([w for w in written if not w.is_inference()])
+            self.results += self._portable_results  # of the step before, if this one was skipped
+        if batch.weights is not self._weights:
+            self._weights = batch.weights
+            pairs = zip(batch.weights, batch.copies, strict=True)
+            written = [w if c is None else c for w, c in pairs]
+            self._written = [w for w in written if not w.is_inference()]
+        torch.autograd.graph.increment_version(self._written)
 
     def _whole_norms(
         self, works: list[launch.Work], batch: Batch, options: Sequence[Options],
         grad_scale: Tensor | None,
     ) -> dict[torch.device, Tensor]:  # fmt: skip
-        """Fill the `sums` of every work that holds parts of tensors split over ranks with those of
-        whole layers; those of the portable tensors are given back, by device."""
+        """Norms of whole layers where layers are split over ranks.
+
+        They are put into the `sums` of every work that holds parts of such tensors; those of the
+        portable tensors are given back, by device.
+        """
         if self._shards is None:
             return {}
         tables = []
@@ -292,17 +319,21 @@ class Stepper:
         _warn_once(f"the kernel could not be launched ({type(error).__name__}: {error})")
         self.portable = sorted(self.portable + index)
 
-    def _fill(self, works: list[launch.Work], options: Sequence[Options]) -> None:
-        w, v, c, g = self.addresses
+    def _fill(self, works: list[launch.Work], options: Sequence[Options], own: bool) -> None:
+        """Bring tables up to date: the stepper's own, or those of a graph capture."""
         moving = any(isinstance(o.lr, Tensor) for o in options)
+        current = own and options is self._options and not moving
+        if current and self._filled is self._addresses:
+            return
         for (index, _), work in zip(self.parts, works, strict=True):
-            if len(index) == len(w):
-                work.point(w, g, v, c)
+            if len(index) == len(self._addresses[0]):
+                work.point(*self._addresses)
             else:
-                work.point(*([column[i] for i in index] for column in (w, g, v, c)))
-            if moving or options is not self._options or not work.has_groups:
+                work.point(*([column[i] for i in index] for column in self._addresses))
+            if not current or not work.has_groups:
                 rows = [launch.group_row(o, work.device) for o in options]
                 work.set_groups([row for row, _ in rows], [at for _, at in rows])
+        self._filled = self._addresses if own else None
 
     def _portable_by_device(self, batch: Batch) -> dict[torch.device, list[int]]:
         by_device: dict[torch.device, list[int]] = {}
@@ -316,6 +347,7 @@ class Stepper:
     ) -> None:  # fmt: skip
         if found_inf is not None and float(found_inf) != 0:
             return
+        results = []
         for device, index in self._portable_by_device(batch).items():
             scale = 1.0 if grad_scale is None else grad_scale.to(device).double()
             sums, ratios = reference.step_(
@@ -325,20 +357,30 @@ class Stepper:
                 whole.get(device),
             )  # fmt: skip
             lr = torch.stack([reference.scalar(options[batch.groups[i]].lr, ratios) for i in index])
-            self.results.append((index, sums, torch.stack([ratios, ratios * lr], 1)))
+            rates = torch.stack([ratios, ratios * lr], 1)
+            results.append((index, sums, rates))
+        self._portable_results = results
         for i in self.portable:
             self.fresh[i] = False
         self.portable_taken = True
 
+    def figures(self) -> list[tuple[int, list[float]]]:
+        """Of each tensor N(w), N(g), N(d), q and γq in the last step. Waits for the device."""
+        found = []
+        for index, sums, ratios in self.results:
+            rows = torch.cat([sums.sqrt(), ratios], 1).tolist()
+            for at, (i, row) in enumerate(zip(index, rows, strict=True)):
+                if i in self._empty and self._options is not None:
+                    # No program had a part of it to work on; other ranks may hold some.
+                    o = self._options[self._groups[i]]
+                    q = float(reference.trust_ratios(sums[at : at + 1].cpu(), [o])[0])
+                    row[3:] = [q, q * float(o.lr)]
+                found.append((i, row))
+        return found
+
     def untaken(self) -> list[int]:
         """Tensors whose steps were all skipped so far. Waits for the device."""
-        # Without items nothing counts: an empty part of a tensor that other ranks do step.
-        index = [
-            i
-            for part, work in self.parts
-            if work.plan.items.numel() and work.steps_taken() == 0
-            for i in part
-        ]
+        index = [i for part, work in self.parts if work.steps_taken() == 0 for i in part]
         return [*index, *([] if self.portable_taken else self.portable)]
 
 
@@ -412,10 +454,16 @@ def lars_step(
         return checks.describe(f"params[{i}]", params[i])
 
     for i, (p, g, v) in enumerate(zip(params, grads, momentum_buffers, strict=True)):
+        checks.check_writable(p, partial(label, i))
         check_tensors(p, g, {"momentum_buffer": v}, partial(label, i))
         buffers.append(new_buffer(p, momentum_dtype) if v is None and momentum else v)
-    if len(set(map(id, params))) != len(params):
-        raise ValueError("lars_step: params holds a tensor twice; each may stand there once")
+    ids = list(map(id, params))
+    if len(set(ids)) != len(ids):
+        twice = next(i for i, key in enumerate(ids) if key in ids[:i])
+        raise ValueError(
+            f"{label(twice)}: is a duplicate of params[{ids.index(ids[twice])}]; "
+            "a parameter may stand there once"
+        )
     if not momentum:
         buffers = [None] * len(params)
     with torch.no_grad():
@@ -424,9 +472,7 @@ def lars_step(
         )
         batch = Batch(weights, present, held, [None] * len(params), [0] * len(params))
         fresh = [v is None for v in momentum_buffers]
-        stepper = Stepper(
-            batch, [options], fresh, backend, label, shards=sharding.Shards(params)
-        )
+        stepper = Stepper(batch, [options], fresh, backend, label, shards=sharding.Shards(params))
         if found_inf is not None and found_inf.device.type == "cpu" and found_inf != 0:
             return
         stepper.run(batch, [options], grad_scale, found_inf)

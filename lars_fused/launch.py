@@ -72,14 +72,16 @@ def why_not(device: torch.device) -> str | None:
 
 
 @functools.cache
-def _architecture(device: torch.device) -> tuple[str, int]:
-    """Name of the architecture as in `tuning.ROWS`, and the number of multiprocessors."""
+def _architecture(device: torch.device) -> tuple[str, int, int]:
+    """Name of the architecture as in `tuning.ROWS`, multiprocessors, and bytes of L2."""
     if device.type == "cpu":
-        return "interpreter", 1
+        return "interpreter", 1, 0
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
-        return properties.gcnArchName.split(":")[0], properties.multi_processor_count
-    return f"sm_{properties.major}{properties.minor}", properties.multi_processor_count
+        name = properties.gcnArchName.split(":")[0]
+    else:
+        name = f"sm_{properties.major}{properties.minor}"
+    return name, properties.multi_processor_count, properties.L2_cache_size
 
 
 def alignments(dtypes: Dtypes, kernel: str) -> dict[str, int]:
@@ -135,7 +137,8 @@ def _run(
             compiled[(grid, 1, 1)](*args, *values)
         else:
             consts = constants(dtypes, row, name, False)
-            compiled = kernel[(grid,)](*args, **consts, num_warps=row.num_warps)
+            options = _kernels().tuning.compile_options(name, row)
+            compiled = kernel[(grid,)](*args, **consts, **options)
             _COMPILED[key] = compiled, tuple(consts.values())
 
 
@@ -170,14 +173,17 @@ class Work:
     ):
         """`staged`: for a step under graph capture, which may not allocate pinned memory."""
         tuning, tile = _kernels().tuning, _kernels().tile
-        architecture, multiprocessors = _architecture(device)
+        architecture, multiprocessors, l2_bytes = _architecture(device)
         self.device, self.dtypes, self.row = device, dtypes, tuning.row_for(architecture)
         programs = multiprocessors * self.row.programs
+        window = self.row.window
+        if window is None:
+            window = int(l2_bytes * tuning.WINDOW_SHARE)
         self.plan = _cached_plan(
             tuple(numels),
             tuple(adapt),
             chunk=self.row.chunk,
-            window=self.row.window,
+            window=window,
             in_flight=programs,
             bytes_per_element=dtypes.w.itemsize + (0 if dtypes.g is None else dtypes.g.itemsize),
         )

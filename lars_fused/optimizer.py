@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import chain
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +21,11 @@ _MAX_STEPPERS = 8
 
 
 class LayerStats(NamedTuple):
-    """What the last step measured of one parameter. Norms are of the whole tensor."""
+    """What the last step measured of one parameter. Norms are of the whole tensor.
+
+    Of a parameter that is split over ranks (DTensor) only the norm that the denominator is made of
+    is known: `decayed_norm` is NaN, or `gradient_norm` with denominator="decayed".
+    """
 
     weight_norm: float
     """N(w) before the step."""
@@ -59,7 +65,8 @@ class LARS(Optimizer):
 
     Args:
         params: parameters, named parameters, or groups of them as dicts. float32, float16,
-            bfloat16 (kernels) or float64 (portable path); any shape and strides.
+            bfloat16 (kernels) or float64 (portable path); any shape and strides. DTensors
+            (`fully_shard`, tensor parallelism): norms of whole layers, one all-reduce a step.
         lr: γ, a float >= 0 or a 1-element tensor; on the parameters' device the kernel reads it.
         momentum: μ in [0, 1].
         weight_decay: β >= 0.
@@ -101,6 +108,7 @@ class LARS(Optimizer):
     # Set by `distributed.overlap_with_backward`, which takes the steps from then on.
     _overlap: Any = None
     _room = _MAX_STEPPERS
+    _compared = False  # sharded parameters with those of the other ranks
 
     def __init__(
         self,
@@ -151,6 +159,7 @@ class LARS(Optimizer):
                         f"the optimizer has {key}={self.defaults[key]!r}"
                     )
             checks.check_options({**self.defaults, **param_group}, where)
+            checks.check_members(param_group, self.param_groups)
         super().add_param_group(param_group)
         for key in _ENGINE:
             self.param_groups[-1].pop(key, None)
@@ -173,6 +182,7 @@ class LARS(Optimizer):
         """Drop everything that can be rebuilt. Not pickled, not copied."""
         self._ids: list[int] = []
         self._flat: list[Tensor] = []
+        self._sizes: list[int] = []
         self._group_of: list[int] = []
         self._values: list[tuple[Any, ...]] = []
         self._options: list[Options] = []
@@ -180,7 +190,6 @@ class LARS(Optimizer):
         self._steppers: dict[tuple[bool, ...], _Active] = {}
         self._last: _Active | None = None
         self._recent: list[_Active] = []  # what the last step consisted of
-        self._compared = False  # sharded parameters with those of the other ranks
         self._unsure: _Active | None = None
 
     # ------------------------------------------------------------------------- step
@@ -220,7 +229,7 @@ class LARS(Optimizer):
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and _readable(found_inf) and found_inf != 0:
-            if active.new_state:
+            if active.uncommitted:
                 self._steppers = {}  # its masters would miss a change of the parameters
             active.batch.grads = []
             return
@@ -240,7 +249,8 @@ class LARS(Optimizer):
 
     def _run(self, active: _Active, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         if active.shards and not self._compared:
-            active.shards.compare(self)
+            for group, split in active.shards.groups():
+                agreement.compare(self, group, {id(active.params[i]) for i in split})
             self._compared = True
         active.commit(self.state)
         try:
@@ -261,10 +271,11 @@ class LARS(Optimizer):
             self._unsure = active  # whether the first step was taken is known on the device only
 
     def _read_params(self) -> None:
-        ids = [id(p) for group in self.param_groups for p in group["params"]]
-        if ids == self._ids:
+        members = [group["params"] for group in self.param_groups]
+        sizes, flat = list(map(len, members)), list(chain.from_iterable(members))
+        if sizes == self._sizes and all(map(is_, flat, self._flat)):
             return
-        flat = [p for group in self.param_groups for p in group["params"]]
+        ids = list(map(id, flat))
         if len(set(ids)) != len(ids):
             twice = next(i for i, p in enumerate(flat) if id(p) in ids[:i])
             raise ValueError(
@@ -273,7 +284,7 @@ class LARS(Optimizer):
             )
         self._settle()
         self._last, self._steppers = None, {}
-        self._ids, self._flat = ids, flat
+        self._ids, self._flat, self._sizes = ids, flat, sizes
         self._group_of = [g for g, group in enumerate(self.param_groups) for _ in group["params"]]
 
     def _read_options(self) -> None:
@@ -298,6 +309,9 @@ class LARS(Optimizer):
         known = self._steppers.pop(pattern, None)
         if known is None or not known.same(grads, self._options, self.state):
             self._settle()
+            for i, g in enumerate(grads):
+                if g is not None:
+                    checks.check_writable(self._flat[i], partial(self.label, i))
             # State and tables made here must be writable outside of inference mode too.
             with torch.inference_mode(False), torch.no_grad():
                 known = _Active(self, grads)
@@ -353,11 +367,7 @@ class LARS(Optimizer):
         """
         stats: dict[int, LayerStats] = {}
         for active in self._recent:
-            for index, sums, ratios in active.stepper.results:
-                rows = torch.cat([sums.sqrt(), ratios], 1).tolist()
-                stats |= {
-                    active.where[i]: LayerStats(*row) for i, row in zip(index, rows, strict=True)
-                }
+            stats |= {active.where[i]: LayerStats(*row) for i, row in active.stepper.figures()}
         names = [n for group in self.param_groups for n in group.get("param_names", ())]
         return {names[i] if names else i: stats[i] for i in sorted(stats)}
 
@@ -432,7 +442,7 @@ class _Active:
             self.batch, options, fresh, defaults["backend"],
             lambda i: optimizer.label(self.where[i]), defaults["capturable"], self.shards,
         )  # fmt: skip
-        self._states: list[int] = []
+        self._held: list[Tensor] = []  # every tensor of the state, when this was last stepped
 
     def _localise(self, grads: list[Tensor]) -> None:
         """Put this rank's parts into the batch: wrappers of sharded tensors may change theirs."""
@@ -452,13 +462,16 @@ class _Active:
             and checks.same_layout(sharding.local(held), sharding.local(p))
         ):  # fmt: skip
             return held
-        part = torch.empty_like(
-            sharding.local(p), dtype=dtype, memory_format=torch.preserve_format
-        )
+        part = torch.empty_like(sharding.local(p), dtype=dtype, memory_format=torch.preserve_format)
         part.copy_(sharding.local(start if held is None else held))
         value = sharding.like(p, part)
         self._commit.append((p, key, value))
         return value
+
+    @property
+    def uncommitted(self) -> bool:
+        """Whether state was prepared that the optimizer does not hold yet."""
+        return bool(self._commit)
 
     def _note_new(self, held: Any, key: str, index: int) -> None:
         if held.get(key) is None:
@@ -479,28 +492,27 @@ class _Active:
     def same(self, grads: list[Tensor | None], options: list[Options], state: Any) -> bool:
         """Take over this step's gradients if everything else is as it was."""
         if self.missing is None:
-            present = grads
-            if any(g is None for g in grads):
-                return False
+            present = grads  # if one is None, `fits` says so
         else:
             if [g is None for g in grads] != self.missing:
                 return False
             present = [grads[i] for i in self.where]
-        if self._states != self._identities(state):
+        held = self._tensors(state)
+        if len(held) != len(self._held) or not all(map(is_, held, self._held)):
             return False
         if self.dtensors and [sharding.layout(g) for g in present] != self._layouts:
             return False
         self._localise(present)  # type: ignore[arg-type]
         return self.stepper.fits(self.batch, options)
 
-    def _identities(self, state: Any) -> list[int]:
-        """Which tensors the state holds. They are alive in `batch`, so an id is not reused."""
-        return [id(value) for held in state.values() for value in held.values()]
+    @staticmethod
+    def _tensors(state: Any) -> list[Tensor]:
+        return list(chain.from_iterable(map(dict.values, state.values())))
 
     def commit(self, state: Any) -> None:
         """Put new state tensors into the optimizer, after all checks."""
         for p, key, value in self._commit:
             state[p][key] = value
-        if self._commit or not self._states:
-            self._states = self._identities(state)
+        if self._commit or not self._held:
+            self._held = self._tensors(state)
         self._commit = []

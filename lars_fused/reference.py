@@ -101,7 +101,7 @@ def pieces(tensors: Sequence[Tensor | None], size: int) -> Iterator[list[Tensor 
 def step_(
     weights: Sequence[Tensor], grads: Sequence[Tensor], buffers: Sequence[Tensor | None],
     copies: Sequence[Tensor | None], options: Sequence[Options], first: Sequence[bool],
-    scale: Any = 1.0, sums: Tensor | None = None, size: int = 1 << 15,
+    scale: Any = 1.0, sums: Tensor | None = None, size: int = 1 << 13,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One step in place on any tensors, in float64 piece by piece, each value rounded once.
 
@@ -126,7 +126,7 @@ def step_(
 
 def square_sums_of(
     weights: Sequence[Tensor], grads: Sequence[Tensor], options: Sequence[Options],
-    scale: Any = 1.0, size: int = 1 << 15,
+    scale: Any = 1.0, size: int = 1 << 13,
 ) -> Tensor:  # fmt: skip
     """`square_sums` of every tensor, one row each, added up piece by piece."""
     # MPS has no float64.
