@@ -1,0 +1,169 @@
+"""GradScaler: skipped steps change nothing at all, and everything else is as without it."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from contract.tools import BOTH, STRONG, copies, make_grads, make_params, momenta, same_bits, twins
+
+from lars_fused import LARS
+
+pytestmark = BOTH
+
+SHAPES = [(3, 2), (5,)]
+SCALE = 8.0  # a power of two: scaling and unscaling round nothing
+OPTIONS = {**STRONG, "dampening": 0.4}  # a second "first step" would show
+
+
+def scaled_run(scaler, optimizer, params, bad_steps, bad, steps=5):
+    """Steps with the gradients of a scaled loss; those in `bad_steps` have one bad element."""
+    for step in range(steps):
+        for p, g in zip(params, make_grads(params, step), strict=True):
+            p.grad = g * scaler.get_scale()
+        if step in bad_steps:
+            params[1].grad[2] = bad
+        before, moments = copies(params), momenta(optimizer, params)
+        moments = [v if v is None else v.clone() for v in moments]
+        scaler.step(optimizer)
+        if step in bad_steps:
+            assert same_bits(copies(params), before)
+            assert same_bits(momenta_now(optimizer, params), moments)
+        scaler.update(SCALE)
+
+
+def momenta_now(optimizer, params):
+    optimizer.state_dict()  # lets it take back what a skipped first step has made
+    return momenta(optimizer, params)
+
+
+def scaler_for(device):
+    scaler = torch.amp.GradScaler(device, init_scale=SCALE, growth_interval=10**6)
+    scaler.scale(torch.zeros(1, device=device))  # it makes its scale at the first call
+    return scaler
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("bad_steps", [{0}, {0, 1}, {2}, {0, 3}, {1, 2, 3}, {0, 1, 2, 3, 4}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_row_28_overflowed_steps_leave_no_trace(bad, bad_steps, dtype, any_backend, device):
+    (skipping, a), (clean, b) = twins(SHAPES, device, any_backend, dtype, **OPTIONS)
+    # Whatever a skipped first step allocates must not be read later.
+    for _ in range(8):
+        torch.full((64,), float("nan"), device=device)
+    scaled_run(scaler_for(device), a, skipping, bad_steps, bad)
+    for step in set(range(5)) - bad_steps:
+        for p, g in zip(clean, make_grads(clean, step), strict=True):
+            p.grad = g
+        b.step()
+    assert same_bits(copies(skipping), copies(clean))
+    assert same_bits(momenta_now(a, skipping), momenta(b, clean))
+
+
+def test_row_28_a_scaler_that_is_skipped_then_dropped(backend, device):
+    (skipping, a), (clean, b) = twins(SHAPES, device, backend, **OPTIONS)
+    scaled_run(scaler_for(device), a, skipping, {0}, float("inf"), steps=1)
+    assert not hasattr(a, "found_inf") or a.found_inf is None
+    for step in range(2):
+        for params, optimizer in ((skipping, a), (clean, b)):
+            for p, g in zip(params, make_grads(params, step), strict=True):
+                p.grad = g
+            optimizer.step()
+    assert same_bits(copies(skipping), copies(clean))
+
+
+def test_row_29_unscale_then_clip(backend, device):
+    (scaled, a), (plain, b) = twins(SHAPES, device, backend, **OPTIONS)
+    scaler = scaler_for(device)
+    for step in range(3):
+        for params in (scaled, plain):
+            for p, g in zip(params, make_grads(params, step), strict=True):
+                p.grad = g * SCALE if params is scaled else g
+        scaler.unscale_(a)
+        for params in (scaled, plain):
+            torch.nn.utils.clip_grad_norm_(params, 0.5)
+        scaler.step(a)
+        scaler.update()
+        b.step()
+    assert same_bits(copies(scaled), copies(plain))
+
+
+def test_row_29_two_optimizers_and_one_scaler(backend, device):
+    first, second = twins(SHAPES, device, backend, **OPTIONS)
+    scaler = scaler_for(device)
+    before = copies(second[0])
+    for params, optimizer in (first, second):
+        for p, g in zip(params, make_grads(params), strict=True):
+            p.grad = g * SCALE
+        if params is second[0]:
+            params[0].grad[0, 0] = float("inf")
+        scaler.step(optimizer)
+    scaler.update()
+    assert same_bits(copies(second[0]), before)
+    (alone, optimizer) = twins(SHAPES, device, backend, **OPTIONS, count=1)[0]
+    for p, g in zip(alone, make_grads(alone), strict=True):
+        p.grad = g
+    optimizer.step()
+    assert same_bits(copies(first[0]), copies(alone))
+
+
+def test_row_29_disabled_scaler(backend, device):
+    (scaled, a), (plain, b) = twins(SHAPES, device, backend, **OPTIONS)
+    scaler = torch.amp.GradScaler(device, enabled=False)
+    for step in range(2):
+        for params in (scaled, plain):
+            for p, g in zip(params, make_grads(params, step), strict=True):
+                p.grad = g
+        scaler.step(a)
+        scaler.update()
+        b.step()
+    assert same_bits(copies(scaled), copies(plain))
+
+
+def test_row_28_gradients_are_unscaled_without_being_written(backend, device):
+    params = make_params(SHAPES, device=device)
+    optimizer, scaler = LARS(params, **OPTIONS, backend=backend), scaler_for(device)
+    for p, g in zip(params, make_grads(params), strict=True):
+        p.grad = g * SCALE
+    grads = [p.grad for p in params]
+    before = copies(grads)
+    scaler.step(optimizer)
+    assert same_bits([p.grad for p in params], before)
+    assert all(p.grad is g for p, g in zip(params, grads, strict=True))
+
+
+@pytest.mark.parametrize(
+    "then", ["nothing", "deepcopy", "pickle", "a new group", "other gradients"]
+)
+@pytest.mark.parametrize("masters", [False, True])
+def test_row_28_a_first_step_that_only_the_device_knows_was_skipped(
+    then, masters, backend, device, monkeypatch
+):
+    """What the skipped step made must not count as momentum, whatever comes next."""
+    options = {**OPTIONS, "master_weights": masters}
+    dtype = torch.bfloat16 if masters else torch.float32
+    (skipping, a), (clean, b) = twins(SHAPES, device, backend, dtype, **options)
+    # The host does not look at a found_inf that lies on a GPU.
+    monkeypatch.setattr("lars_fused.optimizer._readable", lambda _: False)
+    for p, g in zip(skipping, make_grads(skipping), strict=True):
+        p.grad = g
+    before = copies(skipping)
+    a.grad_scale, a.found_inf = (torch.ones(1, device=device) for _ in range(2))
+    a.step()
+    del a.grad_scale, a.found_inf
+    assert same_bits(copies(skipping), before)
+    if then == "deepcopy":
+        skipping, a = copy.deepcopy((skipping, a))
+    elif then == "pickle":
+        skipping, a = pickle.loads(pickle.dumps((skipping, a)))
+    elif then == "a new group":
+        a.add_param_group({"params": make_params([(2,)], device=device)})
+    for step in range(3):
+        for params, optimizer in ((skipping, a), (clean, b)):
+            for p, g in zip(params, make_grads(params, step), strict=True):
+                p.grad = g
+            if then == "other gradients" and step == 0:
+                params[0].grad = None
+            optimizer.step()
+    assert same_bits(copies(skipping), copies(clean))
+    assert same_bits(momenta(a, skipping), momenta(b, clean))

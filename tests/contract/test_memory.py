@@ -1,0 +1,178 @@
+"""Many tensors, huge tensors, and what is left in memory afterwards."""
+
+import dataclasses
+import gc
+import weakref
+
+import pytest
+import torch
+from contract.tools import BOTH, STRONG, Truth, assert_true, copies, make_params, run, set_grads
+
+from lars_fused import LARS, launch
+
+pytestmark = BOTH
+
+
+# ------------------------------------------------------------------ row 11: many
+
+
+def test_row_11_ten_thousand_tensors(tier, backend, device):
+    count = 100 if tier == "interpret" else 10_000  # the interpreter takes 10 ms for each
+    params = make_params([(i % 5 + 1,) for i in range(count)], device=device)
+    truth = Truth(params, **STRONG)
+    optimizer = LARS(params, **STRONG, backend=backend)
+    set_grads(params)
+    optimizer.step()
+    truth.step([p.grad for p in params])
+    assert_true(params, truth)
+    if backend == "triton":
+        assert len(optimizer._last.stepper.parts) == 1  # one launch
+
+
+def test_row_11_four_thousand_groups(tier, backend, device):
+    count = 50 if tier == "interpret" else 4097
+    params = make_params([(2,)] * count, device=device)
+    rates = [0.1 + i / count for i in range(count)]
+    start = copies(params)
+    optimizer = LARS(params[:1], adapt=False, momentum=0.0, backend=backend)
+    first = optimizer.param_groups[0]
+    # Not by add_param_group: torch's own takes time by the square of the groups.
+    optimizer.param_groups = [
+        {**first, "params": [p], "lr": rate} for p, rate in zip(params, rates, strict=True)
+    ]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    expected = torch.stack([s.double() - r for s, r in zip(start, rates, strict=True)])
+    torch.testing.assert_close(torch.stack(copies(params)).double(), expected, rtol=1e-6, atol=1e-6)
+
+
+# ------------------------------------------------------------------ row 12: huge
+
+HUGE = (2**31 - 1, 2**31, 2**31 + 1, 2**32 + 5)
+
+
+@pytest.mark.parametrize("numel", HUGE)
+def test_row_12_chunks_of_huge_tensors_lie_where_they_should(numel, tier):
+    """The real kernel on single chunks of a tensor whose other chunks do not exist.
+
+    The table holds an address so far before a small buffer that the chunk falls into it.
+    """
+    if tier != "interpret":
+        pytest.skip("chooses chunks for the interpreter; test_gpu has the tensors themselves")
+    from lars_fused.plan import BOTH, pack_item
+    from lars_fused.reference import Options
+
+    size, dtype = 1 << 13, torch.bfloat16
+    chunks = -(-numel // size)
+    work = launch.Work(
+        torch.device("cpu"), launch.Dtypes(dtype, dtype, torch.float32), [numel], [False], [0],
+        [True], 1,
+    )  # fmt: skip
+    row, address = launch.group_row(Options(lr=0.5, momentum=0.0, adapt=False), work.device)
+    work.set_groups([row], [address])
+    for chunk in (0, 2**31 // size - 1, 2**31 // size, chunks - 1):
+        if chunk >= chunks:
+            continue
+        first = chunk * size
+        count = min(size, numel - first)
+        w, g = (torch.full((size + 32,), 3.0, dtype=dtype) for _ in range(2))
+        g.fill_(2.0)
+        work.plan = dataclasses.replace(
+            work.plan, items=torch.tensor([pack_item(BOTH, 0, chunk)], dtype=torch.int64)
+        )
+        work.items, work.programs = work.plan.items, 1
+        work.point(*([t.data_ptr() + 16 * 2 - 2 * first] for t in (w, g)), [0], [0])
+        work.step()
+        assert bool((w[16 : 16 + count] == 2.0).all()), f"chunk {chunk} of {chunks}"
+        assert bool((w[:16] == 3.0).all())
+        assert bool((w[16 + count :] == 3.0).all())
+
+
+# ------------------------------------------------------------------ row 60: what stays
+
+
+def allocations(function):
+    """Most memory that lives at one time during a call, and what is left after it, in bytes."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False
+    ) as record:
+        function()
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda e: e.start_ns())
+    held = most = 0
+    for event in events:
+        held += event.nbytes()
+        most = max(most, held)
+    return most, held
+
+
+def test_row_60_a_portable_step_takes_less_than_one_percent_of_the_parameters(tier):
+    if tier != "cpu":
+        pytest.skip("of the portable path")
+    shapes = [(1000, 2048), (2048, 2048), (512, 512, 3, 3), (16_000_000,)]
+    params = [torch.nn.Parameter(torch.ones(s)) for s in shapes]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer = LARS(params, **STRONG, backend="torch")
+    optimizer.step()  # makes the state
+    most, held = allocations(optimizer.step)
+    bytes_of_parameters = sum(4 * p.numel() for p in params)
+    assert 0 < most < bytes_of_parameters / 100, f"{most / bytes_of_parameters:.2%}"
+    assert held < 1024
+
+
+def test_row_60_ten_thousand_steps_leave_nothing_behind(tier, backend, device, monkeypatch):
+    if tier != "cpu":  # the host side of a launch alone: the interpreter takes 10 ms a step
+        monkeypatch.setattr(launch, "_run", lambda *_: None)
+    steps = 10_000 if tier == "cpu" else 1000
+    params = make_params([(2,), (3,)], device=device)
+    optimizer = LARS(params, **STRONG, backend=backend)
+    set_grads(params)
+
+    def several(count):
+        for step in range(count):
+            optimizer.param_groups[0]["lr"] = 0.1 + step % 7
+            for p in params:
+                p.grad = torch.ones_like(p) if step % 2 else p.grad
+            params[1].requires_grad_(True)
+            optimizer.step()
+
+    several(50)
+    gc.collect()
+    before = len(gc.get_objects())
+    several(steps)
+    gc.collect()
+    assert len(gc.get_objects()) - before < 50
+
+
+@pytest.mark.parametrize("use", ["unused", "stepped", "saved and loaded", "failed", "grown"])
+def test_row_60_the_optimizer_and_its_parameters_are_freed_without_the_collector(
+    use, backend, device
+):
+    params = make_params([(3,), (4,)], device=device)
+    optimizer = LARS(params, **STRONG, backend=backend)
+    gc.collect()
+    gc.disable()
+    try:
+        if use != "unused":
+            run(optimizer, params, 2)
+            optimizer.layer_stats()
+        if use == "saved and loaded":
+            optimizer.load_state_dict(optimizer.state_dict())
+            run(optimizer, params, 1)
+        if use == "failed":
+            params[0].grad = params[0].grad.to_sparse()
+            with pytest.raises(RuntimeError):
+                optimizer.step()
+        if use == "grown":
+            optimizer.add_param_group({"params": make_params([(2,)], device=device)})
+            run(optimizer, params, 1)
+        watched = [weakref.ref(optimizer), *map(weakref.ref, params)]
+        watched += [weakref.ref(v) for s in optimizer.state.values() for v in s.values()]
+        del optimizer, params
+        assert [ref() for ref in watched] == [None] * len(watched)
+    finally:
+        gc.enable()
