@@ -1,0 +1,183 @@
+"""table.md and the plots of a results folder, from its raw files."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from bench import environment
+from bench.cases import SWEEP_CASE, Case, model_case, sweep_case
+from bench.models import MODELS
+from bench.peers import FLOOR, OURS
+
+COPY = "copy"
+Raw = dict[str, str]
+
+
+def rows_of(folder: Path) -> list[Raw]:
+    path = folder / "raw.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def case_of(row: Raw) -> Case | None:
+    """The case that a row measured; None for norms and host overhead."""
+    if row["case"] in MODELS:
+        return model_case(row["case"], row["dtype"])
+    if row["case"] == SWEEP_CASE:
+        return sweep_case(int(row["n_params"]), row["dtype"])
+    return None
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    lines = [list(header)]
+    lines += [["---"] * len(lines[0])]
+    lines += [[str(cell) for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def runs(rows: list[Raw], unit: str = "us") -> dict[tuple[str, ...], dict[str, dict[str, Raw]]]:
+    """Rows that were interleaved: (case, parameters, dtype, utc) -> kind -> variant -> row."""
+    found: dict[tuple[str, ...], dict[str, dict[str, Raw]]] = defaultdict(dict)
+    for row in rows:
+        if row["unit"] == unit:
+            key = (row["case"], row["n_params"], row["dtype"], row["utc"])
+            found[key].setdefault(row["kind"], {})[row["variant"]] = row
+    return dict(found)
+
+
+def copy_us(timed: dict[str, Raw], bytes: float) -> float | None:
+    """Microseconds that the copy measured in the same run takes for so many bytes."""
+    if COPY not in timed:
+        return None
+    return bytes / (float(timed[COPY]["bytes"]) / float(timed[COPY]["p50"]))
+
+
+def _quartiles(row: Raw) -> str:
+    low, middle, high = (float(row[k]) for k in ("p25", "p50", "p75"))
+    digits = 1 if middle < 1000 else 0
+    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def ladder(timed: dict[str, Raw], host: dict[str, Raw], absent: dict[str, str]) -> str:
+    """One run of one case: the floors first, then every variant by its time."""
+    first = next(iter(timed.values()))
+    case = case_of(first)
+    assert case is not None
+    base = timed.get(FLOOR)
+    lines: list[list[object]] = []
+
+    def ratio(us: float, name: str) -> str:
+        return f"{us / float(timed[name]['p50']):.2f}" if name in timed else "–"
+
+    least = copy_us(timed, case.least_bytes)
+
+    def share(us: float) -> str:
+        return f"{least / us:.2f}" if least is not None else "–"
+
+    mine = next((name for name in OURS if name in timed), "")
+    for label, moved in (("each byte once", case.least_bytes), ("two passes", case.two_pass_bytes)):
+        us = copy_us(timed, moved)
+        if us is not None:
+            text = f"floor, {label}: {moved / case.n_params:.2f} B/param over copy bandwidth"
+            lines.append([text, f"{us:.1f}", ratio(us, FLOOR), ratio(us, mine), share(us), "–"])
+    order = sorted((n for n in timed if n != COPY), key=lambda n: float(timed[n]["p50"]))
+    for name in order:
+        us = float(timed[name]["p50"])
+        call = _quartiles(host[name]) if name in host else "–"
+        shown = ratio(us, FLOOR) if base else "–"
+        lines.append([name, _quartiles(timed[name]), shown, ratio(us, mine), share(us), call])
+    head = f"{first['kind']} time, µs"
+    text = table(
+        [
+            "step", head, f"× {FLOOR}", f"× {mine or 'ours'}", "floor / time",
+            "host time of the call, µs",
+        ],
+        lines,
+    )  # fmt: skip
+    if COPY in timed:
+        gbs = float(timed[COPY]["bytes"]) / float(timed[COPY]["p50"]) / 1e3
+        text += f"\nCopy bandwidth of this run: {gbs:.0f} GB/s, bytes read plus written.\n"
+    for name, reason in absent.items():
+        text += f"\n{name}: absent ({reason})\n"
+    return text
+
+
+def _title(key: tuple[str, ...], first: Raw) -> str:
+    case, n_params, dtype, _ = key
+    return f"{case}, {dtype}, {int(first['n_tensors']):,} tensors, {int(n_params):,} parameters"
+
+
+def _absent(facts: dict[str, Any], key: tuple[str, ...], timed: dict[str, Raw]) -> dict[str, str]:
+    start = f"{key[0]}, {key[2]}, "
+    names = {
+        k.removeprefix(start): v for k, v in facts.get("absent", {}).items() if k.startswith(start)
+    }
+    return {k: v for k, v in names.items() if k not in timed}
+
+
+def markdown(folder: Path) -> str:
+    """What table.md says."""
+    rows, facts = rows_of(folder), environment.read(folder)
+    text = f"# {folder.name}\n\n"
+    why = environment.reportable(folder)
+    if why:
+        text += f"**Not to be quoted: {why}.**\n\n"
+    named = ("utc", "gpu", "driver", "processor", "cores", "python", "cuda", "command")
+    versions = ", ".join(f"{k} {v}" for k, v in facts.get("packages", {}).items())
+    text += "".join(f"- {k}: {facts[k]}\n" for k in named if facts.get(k))
+    text += f"- packages: {versions}\n- tests: {facts.get('tests', 'not run with it')}\n\n"
+    text += (
+        "Medians (quartiles) of interleaved samples, caches cold; ratios are within one run.\n\n"
+    )
+    if facts.get("gate"):
+        reasons = "".join(f"- {k}: {v}\n" for k, v in facts["gate"].items())
+        return text + f"The correctness gate failed, so nothing is reported:\n\n{reasons}"
+    for key, kinds in runs(rows).items():
+        timed = kinds.get("gpu") or kinds["host"]
+        first = next(iter(timed.values()))
+        text += f"## {_title(key, first)}\n\n"
+        if case_of(first) is None:
+            lines = [[n, _quartiles(r), _ratio(r, timed)] for n, r in timed.items()]
+            text += table(["variant", f"{first['kind']} time, µs", "× first"], lines) + "\n"
+        else:
+            host = kinds.get("host", {}) if "gpu" in kinds else {}
+            text += ladder(timed, host, _absent(facts, key, timed)) + "\n"
+    counted = [r for r in rows if r["unit"] != "us"]
+    if counted:
+        text += "## Counted\n\n"
+        lines = [[r["case"], r["variant"], f"{float(r['p50']):.2f}", r["unit"]] for r in counted]
+        text += table(["case", "variant", "count", "unit"], lines) + "\n"
+    bound = facts.get("host_bound", {})
+    for case, names in bound.items():
+        text += f"{case}: {', '.join(names)} wait for the GPU; their GPU time holds the host's.\n\n"
+    if (folder / "traffic.csv").exists():
+        text += "traffic.csv: predictions of the cache simulation, not measured.\n"
+    return text
+
+
+def _ratio(row: Raw, timed: dict[str, Raw]) -> str:
+    return f"{float(row['p50']) / float(next(iter(timed.values()))['p50']):.2f}"
+
+
+def write(folder: Path) -> int:
+    """table.md and plots; the exit status says whether the gate held."""
+    (folder / "table.md").write_text(markdown(folder))
+    print(f"written: {folder / 'table.md'}")
+    try:
+        from bench import plots
+    except ImportError as error:
+        print(f"no plots: {error}")
+    else:
+        for path in plots.write(folder):
+            print(f"written: {path}")
+    gate = environment.read(folder).get("gate", {})
+    for case, text in gate.items():
+        print(f"GATE FAILED: {case}: {text}", file=sys.stderr)
+    return int(bool(gate))
