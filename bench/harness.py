@@ -21,7 +21,7 @@ from bench import environment
 from bench.cases import Case
 from bench.peers import OURS, Inputs, Variant
 from bench.timers import host_us, interleave, timer_for
-from lars_fused import reference
+from lars_fused import portable
 from lars_fused.reference import Options
 
 COPY = "copy"
@@ -116,7 +116,7 @@ class Truth:
         if key not in self._known:
             w, v = ([t.clone() for t in ts] for ts in (self.inputs.w, self.inputs.v))
             none, stepped = [None] * len(w), [False] * len(w)
-            reference.step_(w, self.inputs.g, v, none, options, stepped, size=1 << 24)
+            portable.step_(w, self.inputs.g, v, none, options, stepped, size=1 << 24)
             self._known[key] = w, v
         return self._known[key]
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lars_fused import LARS, launch
+from lars_fused import LARS, tables
 from lars_fused.reference import Options
 
 ONE = "lars_fused, one launch"
@@ -123,7 +123,7 @@ def ours(inputs: Inputs, launches: int = 1, backend: str = "triton") -> Variant:
     _with_momentum(optimizer, params, inputs.v)
 
     def step() -> None:
-        with launch.forced_launches(launches):  # read when the tables are made, by the first step
+        with tables.forced_launches(launches):  # read when the tables are made, by the first step
             optimizer.step()
         variant.step = optimizer.step
 

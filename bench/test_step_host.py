@@ -42,13 +42,13 @@ _OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
 def stubbed_launches() -> Iterator[list[str]]:
     """The kernels' path on CPU tensors, without a launch; the names of those left out."""
     made: list[str] = []
-    before = launch._run, launch.why_not
-    launch._run = lambda name, *_: made.append(name)
+    before = launch.run, launch.why_not
+    launch.run = lambda name, *_: made.append(name)
     launch.why_not = lambda device: None
     try:
         yield made
     finally:
-        launch._run, launch.why_not = before
+        launch.run, launch.why_not = before
 
 
 def parameters(count: int | None) -> list[torch.nn.Parameter]:

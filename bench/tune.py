@@ -23,7 +23,7 @@ from bench.cases import Case, model_case
 from bench.harness import Truth, disagreement
 from bench.peers import Inputs, Variant, ours
 from bench.timers import Budget, CudaTimer, interleave
-from lars_fused import launch, plan
+from lars_fused import launch, plan, tables
 
 MODELS = ("ResNet-50", "ViT-B/16", "one 100M tensor")
 
@@ -70,23 +70,23 @@ def possible(candidate: Candidate) -> bool:
 @contextlib.contextmanager
 def used(candidate: Candidate, architecture: str, l2_bytes: int) -> Iterator[None]:
     """New work within the block is made and launched with these constants."""
-    rows = launch._kernels().tuning.ROWS
-    before, make = dict(rows), launch.make_plan
-    row = launch._kernels().tuning.row_for(architecture)
+    rows = launch.kernels().tuning.ROWS
+    before, make = dict(rows), tables.make_plan
+    row = launch.kernels().tuning.row_for(architecture)
     rows[architecture] = row._replace(
         chunk=candidate.chunk, block=candidate.block, num_warps=candidate.num_warps,
         programs=candidate.programs, window=int(candidate.window * l2_bytes),
         evict=candidate.evict,
     )  # fmt: skip
-    launch.make_plan = functools.partial(plan.make_plan, order=candidate.order)
-    launch._cached_plan.cache_clear()  # it does not know of the order
+    tables.make_plan = functools.partial(plan.make_plan, order=candidate.order)
+    tables._cached_plan.cache_clear()  # it does not know of the order
     try:
         yield
     finally:
         rows.clear()
         rows.update(before)
-        launch.make_plan = make
-        launch._cached_plan.cache_clear()
+        tables.make_plan = make
+        tables._cached_plan.cache_clear()
 
 
 class Tuner:
@@ -94,11 +94,11 @@ class Tuner:
 
     def __init__(self, device: torch.device, cases: list[Case], timer: Any) -> None:
         self.device, self.cases, self.timer = device, cases, timer
-        self.architecture = launch._architecture(device)[0]
+        self.architecture = launch.architecture(device)[0]
         self.l2 = getattr(
             torch.cuda.get_device_properties(device), "L2_cache_size", 0
         ) if device.type == "cuda" else 1 << 24  # fmt: skip
-        row = launch._kernels().tuning.row_for(self.architecture)
+        row = launch.kernels().tuning.row_for(self.architecture)
         self.present = Candidate(
             row.chunk, row.block, row.num_warps, row.programs, round(row.window / self.l2, 3),
             row.evict, "grouped",

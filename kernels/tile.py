@@ -61,6 +61,9 @@ SUM_CEILING = tl.constexpr(2.0**120)
 # Factor applied to the elements when it is not: exact, being a power of two.
 UNIT_UP = tl.constexpr(2.0**100)
 UNIT_DOWN = tl.constexpr(2.0**-100)
+# Beyond this gain (gradients near the smallest of fp32) the unit is larger.
+GAIN_HUGE = tl.constexpr(2.0**220)
+UNIT_HUGE = tl.constexpr(2.0**126)
 FP32_MAX = tl.constexpr(3.4028234663852886e38)
 
 
@@ -366,11 +369,13 @@ def update_chunk(
     inside = tl.load(options + LR_IN_MOMENTUM) != 0
     out = tl.where(inside, 1.0, lr).to(tl.float32)
     gain = tl.abs(ratio) * tl.where(inside, lr, 1.0)
-    # Two factors where one fp32 number cannot hold the gain; a unit of 1 otherwise.
+    # Two factors where one fp32 number cannot hold the gain: a unit near its square root, so that
+    # neither product leaves fp32 before the other brings it back; a unit of 1 otherwise.
     unit = tl.where(gain > UNIT_UP, UNIT_UP, tl.where(gain < UNIT_DOWN, UNIT_DOWN, 1.0))
-    gain *= tl.where(gain > UNIT_UP, UNIT_DOWN, tl.where(gain < UNIT_DOWN, UNIT_UP, 1.0))
+    back = tl.where(gain > UNIT_UP, UNIT_DOWN, tl.where(gain < UNIT_DOWN, UNIT_UP, 1.0))
+    unit = tl.where(gain > GAIN_HUGE, UNIT_HUGE, unit).to(tl.float32)
+    gain *= tl.where(gain > GAIN_HUGE, 1.0 / UNIT_HUGE, back)
     gain = tl.where(gain > FP32_MAX, FP32_MAX, gain).to(tl.float32)
-    unit = unit.to(tl.float32)
     momentum = momentum.to(tl.float32)
 
     lane = tl.arange(0, BLOCK)

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from . import checks, launch, reference, sharding
+from . import checks, launch, portable, sharding, tables
 from .reference import Options
 
 _NORM_OPTIONS = Options(weight_decay=0.0)
@@ -68,11 +68,11 @@ def _squares(tensors: list[Tensor], backend: str) -> Tensor:
                 f"{checks.describe(f'tensors[{i}]', t)}: backend='triton' cannot read it: {reason}"
             )
         else:
-            found[i] = reference.square_sums_of([t], [t], [_NORM_OPTIONS])[0, 0].to(home)
+            found[i] = portable.square_sums_of([t], [t], [_NORM_OPTIONS])[0, 0].to(home)
     for (device, dtype), index in taken.items():
         dtypes = launch.Dtypes(dtype, None, torch.float32)
         n = len(index)
-        work = launch.Work(
+        work = tables.Work(
             device,
             dtypes,
             [tensors[i].numel() for i in index],
@@ -81,7 +81,7 @@ def _squares(tensors: list[Tensor], backend: str) -> Tensor:
             [False] * n,
             1,
         )
-        row, address = launch.group_row(_NORM_OPTIONS, device)
+        row, address = tables.group_row(_NORM_OPTIONS, device)
         work.set_groups([row], [address])
         work.point([tensors[i].data_ptr() for i in index], [0] * n, [0] * n, [0] * n)
         work.norms()

@@ -1,4 +1,4 @@
-"""The equations of LARS, in order: the float64 truth, and the portable backend.
+"""The equations of LARS, in order: the float64 truth, which the portable backend steps by.
 
 Symbols: w weight, g gradient, v momentum buffer, γ lr, μ momentum, τ dampening, β weight decay,
 η trust coefficient, ε eps, N(·) the L2 norm of one tensor. You, Gitman, Ginsburg 2017, Algorithm 1.
@@ -6,7 +6,7 @@ Symbols: w weight, g gradient, v momentum buffer, γ lr, μ momentum, τ dampeni
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -83,56 +83,3 @@ def update(
         return w - out * u, None
     v = u if first else o.momentum * v + (1 - o.dampening) * u
     return w - out * (u + o.momentum * v if o.nesterov else v), v
-
-
-def pieces(tensors: Sequence[Tensor | None], size: int) -> Iterator[list[Tensor | None]]:
-    """Equal views of same-shaped tensors, each of at most `size` elements (or one row)."""
-    shape = next(t.shape for t in tensors if t is not None)
-    if shape.numel() <= size:
-        yield list(tensors)
-        return
-    dim = max(range(len(shape)), key=shape.__getitem__)
-    step = max(1, shape[dim] * size // shape.numel())
-    for at in range(0, shape[dim], step):
-        count = min(step, shape[dim] - at)
-        yield from pieces([None if t is None else t.narrow(dim, at, count) for t in tensors], size)
-
-
-def step_(
-    weights: Sequence[Tensor], grads: Sequence[Tensor], buffers: Sequence[Tensor | None],
-    copies: Sequence[Tensor | None], options: Sequence[Options], first: Sequence[bool],
-    scale: Any = 1.0, sums: Tensor | None = None, size: int = 1 << 13,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """One step in place on any tensors, in float64 piece by piece, each value rounded once.
-
-    Gives the sums and trust ratios. The memory that it takes beside is that of one piece.
-    """
-    sums = square_sums_of(weights, grads, options, scale, size) if sums is None else sums
-    ratios, decays = trust_ratios(sums, options)
-    for i, (w, g, v, c) in enumerate(zip(weights, grads, buffers, copies, strict=True)):
-        for w_, g_, v_, c_ in pieces([w, g, v, c], size):
-            v_wide = None if v_ is None else v_.to(sums.dtype)
-            w_wide, g_wide = w_.to(sums.dtype), g_.to(sums.dtype)  # type: ignore[union-attr]
-            new_w, new_v = update(
-                w_wide, g_wide, v_wide, ratios[i], decays[i], first[i], options[i], scale
-            )
-            w_.copy_(new_w)  # type: ignore[union-attr]
-            if v_ is not None and new_v is not None:
-                v_.copy_(new_v)
-            if c_ is not None:
-                c_.copy_(new_w)
-    return sums, ratios
-
-
-def square_sums_of(
-    weights: Sequence[Tensor], grads: Sequence[Tensor], options: Sequence[Options],
-    scale: Any = 1.0, size: int = 1 << 13,
-) -> Tensor:  # fmt: skip
-    """`square_sums` of every tensor, one row each, added up piece by piece."""
-    # MPS has no float64.
-    wide = torch.float32 if weights[0].device.type == "mps" else torch.float64
-    rows = []
-    for w, g, o in zip(weights, grads, options, strict=True):
-        parts = [square_sums(a.to(wide), b.to(wide), o, scale) for a, b in pieces([w, g], size)]  # type: ignore[union-attr]
-        rows.append(torch.stack(parts).sum(0))
-    return torch.stack(rows)

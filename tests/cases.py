@@ -64,11 +64,11 @@ class Spec:
 def small_row(monkeypatch: pytest.MonkeyPatch, device: str, **changes: Any) -> Any:
     """The launch constants of `device`; under the interpreter small, so that cases are small."""
     if launch.why_not(torch.device(device)) is None:
-        tuning = launch._kernels().tuning
+        tuning = launch.kernels().tuning
         small = {"chunk": 64, "block": 32, "tail": 16, "lanes": 4, "window": 1024} | changes
         row = tuning.ROWS["interpreter"]._replace(**small)
         monkeypatch.setitem(tuning.ROWS, "interpreter", row)
-        return tuning.row_for(launch._architecture(torch.device(device))[0])
+        return tuning.row_for(launch.architecture(torch.device(device))[0])
     return Sizes(**{"chunk": 64, "block": 32, "tail": 16} | changes)
 
 

@@ -21,7 +21,7 @@ from bench.cases import DTYPES, Case, model_case, sweep_case
 from bench.harness import COPY, GateError, Recorder, Truth, disagreement, measure
 from bench.test_step_host import FOREACH, STUBBED, host_times, parameters, stubbed_launches
 from bench.timers import Budget, CpuTimer, CudaTimer, interleave
-from lars_fused import LARS, launch
+from lars_fused import LARS, launch, tables
 
 pytestmark = pytest.mark.cpu
 
@@ -335,11 +335,11 @@ def test_tuning_finds_the_best_and_leaves_no_trace(tmp_path, monkeypatch):
     assert "does not" not in (tmp_path / "tune.csv").read_text()
 
     pytest.importorskip("triton")
-    rows = launch._kernels().tuning.ROWS
-    before, make = dict(rows), launch.make_plan
+    rows = launch.kernels().tuning.ROWS
+    before, make = dict(rows), tables.make_plan
     monkeypatch.setattr(launch, "why_not", lambda device: None)
     with tune.used(present, "interpreter", 1 << 20), stubbed_launches():
-        assert launch._kernels().tuning.row_for("interpreter").window == int(0.47 * (1 << 20))
+        assert launch.kernels().tuning.row_for("interpreter").window == int(0.47 * (1 << 20))
         p = torch.nn.Parameter(torch.ones(10_000, 2))
         p.grad = torch.ones_like(p)
         optimizer = LARS([p], backend="triton")
@@ -347,7 +347,7 @@ def test_tuning_finds_the_best_and_leaves_no_trace(tmp_path, monkeypatch):
     ((_, work),) = optimizer._last.stepper.parts
     assert (work.row.chunk, work.row.evict) == (4096, "evict_first")
     assert rows == before
-    assert launch.make_plan is make
+    assert tables.make_plan is make
 
 
 # ---------------------------------------------------------------------------- host path
@@ -409,12 +409,12 @@ def test_nothing_grows_over_ten_thousand_steps(needs_triton):
 def test_uploads_only_what_changed(needs_triton, monkeypatch):
     params, optimizer = optimizer_of(40)
     uploads = []
-    upload = launch.Work._upload
+    upload = tables.Work._upload
     monkeypatch.setattr(
-        launch.Work, "_upload",
+        tables.Work, "_upload",
         lambda self, to, host: (uploads.append(tuple(host.shape)), upload(self, to, host))[1],
     )  # fmt: skip
-    words = launch._kernels().tile.TENSOR_WORDS.value
+    words = launch.kernels().tile.TENSOR_WORDS.value
 
     def uploads_of_a_step():
         del uploads[:]

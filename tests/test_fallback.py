@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from lars_fused import LARS, functional, launch
+from lars_fused import LARS, launch, stepper
 
 pytestmark = pytest.mark.interpret
 
 
 @pytest.mark.parametrize("failing", [0, 1, 2])
 def test_the_momentum_of_earlier_steps_is_kept(failing, monkeypatch):
-    real, calls = launch._run, []
+    real, calls = launch.run, []
 
     def run(*args):
         calls.append(args)
@@ -18,7 +18,7 @@ def test_the_momentum_of_earlier_steps_is_kept(failing, monkeypatch):
             raise RuntimeError("launch failed")
         real(*args)
 
-    monkeypatch.setattr(functional, "_warned", set())
+    monkeypatch.setattr(stepper, "_warned", set())
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(3, 5, generator=generator)
     grads = [torch.randn(3, 5, generator=generator) for _ in range(3)]
@@ -28,7 +28,7 @@ def test_the_momentum_of_earlier_steps_is_kept(failing, monkeypatch):
         optimizer = LARS([p], 2.0, weight_decay=0.1, dampening=0.5, trust_coefficient=0.05,
                          backend=backend)  # fmt: skip
         if backend == "auto":
-            monkeypatch.setattr(launch, "_run", run)
+            monkeypatch.setattr(launch, "run", run)
         for g in grads:
             p.grad = g
             if backend == "auto" and len(calls) == failing:

@@ -15,43 +15,38 @@ OWN = "lars_fused"
 # Beside the standard library. A name stands for itself, with a trailing dot also for what lies
 # below it.
 BASE = {"torch."}
+LOWER = {
+    f"lars_fused.{name}"
+    for name in ("checks", "reference", "portable", "launch", "tables", "sharding", "batch")
+}
 ALLOWED = {
     "kernels": {"triton.", "lars_fused.kernels."},
     "plan": BASE,
     "checks": BASE,
     "reference": BASE,
     "conventions": BASE,
+    "portable": BASE | {"lars_fused.reference"},
     "schedule": BASE | {"lars_fused.checks"},
     "groups": BASE | {"lars_fused.checks"},
-    "launch": BASE | {"triton.", "lars_fused.plan", "lars_fused.kernels."},
+    "launch": BASE | {"triton.", "lars_fused.kernels."},
+    "tables": BASE | {"lars_fused.plan", "lars_fused.launch"},
     "sharding": BASE,
     "agreement": BASE | {"lars_fused.sharding"},
-    "functional": BASE
-    | {
-        "lars_fused.checks",
-        "lars_fused.reference",
-        "lars_fused.launch",
-        "lars_fused.sharding",
-    },
-    "norms": BASE
-    | {
-        "lars_fused.checks",
-        "lars_fused.reference",
-        "lars_fused.launch",
-        "lars_fused.sharding",
-    },
+    "batch": BASE | {"lars_fused.checks"},
+    # Each may import the layers below it, down to the ones above; never the kernels.
+    "stepper": BASE | LOWER,
+    "functional": BASE | LOWER | {"lars_fused.stepper"},
+    "norms": BASE | LOWER,
     "checkpoint": BASE | {"lars_fused.checks", "lars_fused.sharding"},
     "convert": BASE | {"lars_fused.checks", "lars_fused.conventions"},
-    # The layers below functional, too; never the kernels.
+    "active": BASE | LOWER | {"lars_fused.stepper", "lars_fused.functional"},
     "optimizer": BASE
+    | LOWER
     | {
+        "lars_fused.active",
         "lars_fused.agreement",
-        "lars_fused.sharding",
-        "lars_fused.functional",
         "lars_fused.checkpoint",
-        "lars_fused.checks",
-        "lars_fused.launch",
-        "lars_fused.reference",
+        "lars_fused.functional",
     },
 }
 PUBLIC = {"lars_fused", "lars_fused.conventions"}

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lars_fused import conventions, launch, reference
+from lars_fused import conventions, portable, tables
 from lars_fused.reference import Options
 from tests.cases import OPTIONS, TERMS, Spec, odd_layouts, regimes, small_row
 from tests.conftest import INTERPRETED
@@ -30,7 +30,7 @@ def row(monkeypatch, device):
 # The portable backend launches nothing: one is enough.
 @pytest.fixture(params=[1, 2] if INTERPRETED or torch.cuda.is_available() else [1])
 def launches(request):
-    with launch.forced_launches(request.param):
+    with tables.forced_launches(request.param):
         yield request.param
 
 
@@ -263,7 +263,7 @@ def test_every_term_moves_the_result(term, changes, dtype):
         for step in range(2):
             trial.step(lr=(1.5, 0.9)[step])
             o = Options(**{**TERMS, "lr": (1.5, 0.9)[step]} | changes)
-            reference.step_(
+            portable.step_(
                 [wrong], [one.p.grad.double()], [v if o.momentum else None], [None], [o], [not step]
             )
         bound = 2 * (one.eager.double() - one.truth).abs().max()

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from lars_fused import LARS, lars_step, launch
+from lars_fused import LARS, lars_step, launch, tables
 from tests.cases import OPTIONS, TERMS, bits, regimes, small_row
 from tests.trial import Trial
 
@@ -70,13 +70,13 @@ def test_a_shuffled_list(row, device):
 @pytest.mark.parametrize("programs", [1, 2, 7, 132])
 def test_the_number_of_programs(monkeypatch, row, device, programs):
     """Over one plan: also fewer and more programs than items."""
-    expected, launched, actual = run(row, device), [], launch._run
+    expected, launched, actual = run(row, device), [], launch.run
 
     def with_programs(name, grid, *rest):
         launched.append(name)
         actual(name, programs, *rest)
 
-    monkeypatch.setattr(launch, "_run", with_programs)
+    monkeypatch.setattr(launch, "run", with_programs)
     assert run(row, device) == expected
     assert launched == ["lars_step"] * 2
 
@@ -85,17 +85,17 @@ def test_the_number_of_programs(monkeypatch, row, device, programs):
 def test_the_order_that_a_number_of_programs_asks_for(monkeypatch, row, device, in_flight):
     """The plan itself depends on how many programs are in flight; so do its grids."""
     expected = run(row, device)
-    name, count, _ = launch._architecture(torch.device(device))
-    tuning = launch._kernels().tuning
+    name, count, _ = launch.architecture(torch.device(device))
+    tuning = launch.kernels().tuning
     programs = max(1, in_flight // count)
     monkeypatch.setitem(tuning.ROWS, name, tuning.row_for(name)._replace(programs=programs))
     assert run(row, device) == expected
 
 
 def test_one_launch_and_two(row, device):
-    with launch.forced_launches(1):
+    with tables.forced_launches(1):
         expected = run(row, device)
-    with launch.forced_launches(2):
+    with tables.forced_launches(2):
         assert run(row, device) == expected
 
 
@@ -111,7 +111,7 @@ def test_a_step_after_steps_of_other_lists(row, device, launches):
     buffers = [None] * len(b)
     other = torch.nn.Parameter(torch.ones(3 * row.chunk, device=device))
     other.grad = torch.ones_like(other)
-    with launch.forced_launches(launches):
+    with tables.forced_launches(launches):
         optimizer = LARS(params, backend="triton", **TERMS)
         between = LARS([other], backend="triton")
         for step in range(steps):

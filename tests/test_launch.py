@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from lars_fused import LARS, functional, lars_step, launch, reference
+from lars_fused import LARS, lars_step, launch, portable, stepper, tables
 from lars_fused.functional import Batch, Stepper
 from lars_fused.reference import Options
 from tests.cases import TERMS, Spec, bits, small_row
@@ -37,13 +37,13 @@ def some(count=3, n=5, dtype=torch.float32, device="cpu"):
 @pytest.fixture
 def launched(monkeypatch):
     """Every launch as (kernel, its compile-time constants), by way of the one function for it."""
-    calls, run = [], launch._run
+    calls, run = [], launch.run
 
     def record(name, grid, args, dtypes, row, device):
         calls.append((name, str(launch.constants(dtypes, row, name, True))))
         run(name, grid, args, dtypes, row, device)
 
-    monkeypatch.setattr(launch, "_run", record)
+    monkeypatch.setattr(launch, "run", record)
     return calls
 
 
@@ -63,7 +63,7 @@ def test_the_interpreter_must_be_on_before_the_kernels_are_imported(monkeypatch)
     assert not launch.interpreting()
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert "after the kernels were imported" in launch.why_not(torch.device("cpu"))
-    monkeypatch.setattr(functional, "_warned", set())
+    monkeypatch.setattr(stepper, "_warned", set())
     params = some()
     with pytest.warns(RuntimeWarning, match="after the kernels were imported"):
         LARS(params).step()
@@ -78,7 +78,7 @@ def test_a_broken_triton_is_told_in_its_own_words(monkeypatch):
         raise ImportError("libtriton.so: not found")
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(launch, "_kernels", broken)
+    monkeypatch.setattr(launch, "kernels", broken)
     reason = launch.why_not(torch.device("cpu"))
     assert reason == "triton cannot be used (ImportError: libtriton.so: not found)"
 
@@ -152,7 +152,7 @@ def test_auto_falls_back_once_and_says_so(monkeypatch, row):
         attempts.append(name)
         raise OSError("no such device function")
 
-    monkeypatch.setattr(launch, "_run", fail)
+    monkeypatch.setattr(launch, "run", fail)
     trial = Trial([Spec("a", (5,)), Spec("b", (200,))], "auto", seeded=True)
     with pytest.warns(RuntimeWarning, match="OSError: no such device function") as caught:
         trial.step()
@@ -174,7 +174,7 @@ def test_a_forced_backend_raises_when_the_launch_does(monkeypatch, row):
         raise OSError("no such device function")
 
     with monkeypatch.context() as broken:
-        broken.setattr(launch, "_run", fail)
+        broken.setattr(launch, "run", fail)
         with pytest.raises(OSError, match="no such device function"):
             trial.optimizer.step()
     assert bits([trial.ones[0].p]) == before
@@ -196,7 +196,7 @@ def test_a_kernel_that_raises_midway_leaves_the_queue_reset(
     """
     from triton.runtime import interpreter
 
-    with launch.forced_launches(launches):
+    with tables.forced_launches(launches):
         trial = Trial([Spec("a", (3 * row.chunk,)), Spec("b", (9,))], backend)
         trial.step()
         trial.check()
@@ -234,7 +234,7 @@ def test_norms_alone_that_fail_are_not_work(monkeypatch, row):
     def fail(*_):
         raise RuntimeError("interrupted")
 
-    with launch.forced_launches(2):
+    with tables.forced_launches(2):
         trial = Trial([Spec("a", (3 * row.chunk,))], "auto")
         with monkeypatch.context() as broken:
             broken.setattr(interpreter.InterpreterBuilder, "create_atomic_rmw", fail)
@@ -268,7 +268,7 @@ def test_found_inf_skips_a_step_inside_the_kernel(monkeypatch, device, launches)
     truth_v = [torch.zeros_like(x) for x in expected]
     options = [Options(**TERMS, dampening=0.5)]
     inf, zero = torch.ones(1, device=device), torch.zeros(1, device=device)
-    with launch.forced_launches(launches):
+    with tables.forced_launches(launches):
         batch = Batch(w, g, v, [None] * 2, [0] * 2)
         stepper = Stepper(batch, options, [True] * 2, "triton", str)
     first = True
@@ -279,7 +279,7 @@ def test_found_inf_skips_a_step_inside_the_kernel(monkeypatch, device, launches)
             assert bits([*w, *v]) == before
             continue
         g64 = [x.double().cpu() for x in g]
-        reference.step_(expected, g64, truth_v, [None] * 2, options * 2, [first] * 2)
+        portable.step_(expected, g64, truth_v, [None] * 2, options * 2, [first] * 2)
         first = False
         for got, want in zip([*w, *v], [*expected, *truth_v], strict=True):
             torch.testing.assert_close(got.double().cpu(), want, rtol=1e-5, atol=1e-6)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bench.models import adapted, resnet50
-from lars_fused import LARS, launch, param_groups
+from lars_fused import LARS, launch, param_groups, tables
 from lars_fused.plan import unpack_items
 from tests.cases import OPTIONS, TERMS, Spec, small_row
 from tests.trial import Trial, works
@@ -68,7 +68,7 @@ def test_resnet50_is_one_launch_a_step(launched):
     (work,) = works(optimizer)
     _, tensors, _ = unpack_items(work.plan.items)
     assert sorted(set(tensors.tolist())) == list(range(161))
-    assert work._host[:, launch._kernels().tile.NUMEL.value].sum() == 25_557_032
+    assert work._host[:, launch.kernels().tile.NUMEL.value].sum() == 25_557_032
 
 
 def test_a_narrow_resnet50_is_right_in_one_launch(launched, monkeypatch):
@@ -131,7 +131,7 @@ def test_nothing_to_do_launches_nothing(launched, tensors):
 
 
 def test_the_second_path_is_two_launches(launched, tensors):
-    with launch.forced_launches(2):
+    with tables.forced_launches(2):
         optimizer = tensors([(torch.float32, {}), (torch.float32, {"adapt": False})])
         optimizer.step()
     assert launched == ["l2norm", "lars_update"]

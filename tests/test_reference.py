@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lars_fused import LARS, WarmupPolynomialLR, lars_step, reference
+from lars_fused import LARS, WarmupPolynomialLR, lars_step, portable
 from lars_fused.reference import Options
 
 pytestmark = pytest.mark.cpu
@@ -134,7 +134,7 @@ def test_worked_by_hand(case):
     v = None if case.v is None else torch.full_like(w, 99.0)  # a first step does not read it
     for step, lr in enumerate(case.lrs):
         options = Options(**{**HAND, **case.options, "lr": lr})
-        reference.step_([w], [g], [v], [None], [options], [step == 0])
+        portable.step_([w], [g], [v], [None], [options], [step == 0])
     close(w, case.w)
     if case.v is not None:
         close(v, case.v)
@@ -163,14 +163,14 @@ def test_worked_by_hand_through_the_optimizer(case):
 
 def test_gradients_are_divided_by_the_scale():
     w, scaled = f64(*W), f64(*G) * 1024
-    reference.step_([w], [scaled], [f64(0, 0)], [None], [Options(**HAND)], [True], 1024.0)
+    portable.step_([w], [scaled], [f64(0, 0)], [None], [Options(**HAND)], [True], 1024.0)
     close(w, CASES[0].w)
 
 
 def test_a_learning_rate_may_be_a_tensor():
     w = f64(*W)
     options = Options(**{**HAND, "lr": torch.tensor(0.5)})
-    reference.step_([w], [f64(*G)], [f64(0, 0)], [None], [options], [True])
+    portable.step_([w], [f64(*G)], [f64(0, 0)], [None], [options], [True])
     close(w, CASES[0].w)
 
 
@@ -178,7 +178,7 @@ def test_ratios_and_sums_of_several_tensors():
     """Each tensor has its own options and its own norms."""
     w, g = [f64(*W), f64(0, 0), f64(*W)], [f64(*G)] * 3
     options = [Options(**HAND), Options(**HAND), Options(**{**HAND, "adapt": False})]
-    sums, ratios = reference.step_(w, g, [None] * 3, [None] * 3, options, [True] * 3)
+    sums, ratios = portable.step_(w, g, [None] * 3, [None] * 3, options, [True] * 3)
     close(sums, [[25, 100, 256], [0, 100, 100], [25, 100, 256]])
     close(ratios, [1 / 6, 1, 1])
 
@@ -190,8 +190,8 @@ def test_piece_by_piece_is_the_same(size):
     g = torch.randn(4, 5, 3, dtype=torch.float64)
     whole, cut = w.clone(), w.clone()
     options = [Options(**HAND)]
-    reference.step_([whole], [g], [None], [None], options, [True])
-    reference.step_([cut], [g], [None], [None], options, [True], size=size)
+    portable.step_([whole], [g], [None], [None], options, [True])
+    portable.step_([cut], [g], [None], [None], options, [True], size=size)
     close(cut, whole)
 
 

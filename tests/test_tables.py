@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from lars_fused import LARS, launch, reference
+from lars_fused import LARS, launch, reference, tables
 from lars_fused.plan import BOTH, make_plan, pack_item, unpack_items
 from lars_fused.reference import Options
 from tests.cases import OPTIONS, TERMS, Memory, Spec, small_row
@@ -39,13 +39,13 @@ def some(count=3, n=5, dtype=torch.float32, device="cpu"):
 @pytest.fixture
 def launched(monkeypatch):
     """Every launch as (kernel, its compile-time constants), by way of the one function for it."""
-    calls, run = [], launch._run
+    calls, run = [], launch.run
 
     def record(name, grid, args, dtypes, row, device):
         calls.append((name, str(launch.constants(dtypes, row, name, True))))
         run(name, grid, args, dtypes, row, device)
 
-    monkeypatch.setattr(launch, "_run", record)
+    monkeypatch.setattr(launch, "run", record)
     return calls
 
 
@@ -57,13 +57,13 @@ def row(monkeypatch):
 @pytest.fixture
 def uploads(monkeypatch):
     """The shapes of what is sent to the device, as it happens."""
-    shapes, upload = [], launch.Work._upload
+    shapes, upload = [], tables.Work._upload
 
     def record(self, device, host):
         shapes.append(tuple(host.shape))
         upload(self, device, host)
 
-    monkeypatch.setattr(launch.Work, "_upload", record)
+    monkeypatch.setattr(tables.Work, "_upload", record)
     return shapes
 
 
@@ -73,7 +73,7 @@ def test_only_what_changed_is_uploaded(row, uploads, launched):
     optimizer = LARS([{"params": params[:3]}, {"params": params[3:], "lr": 0.1}], backend="triton")
     optimizer.step()
     tensor_words, group_words = (
-        getattr(launch._kernels().tile, f"{name}_WORDS").value for name in ("TENSOR", "GROUP")
+        getattr(launch.kernels().tile, f"{name}_WORDS").value for name in ("TENSOR", "GROUP")
     )
     assert sorted(uploads) == sorted([(6, tensor_words), (2, group_words)])
     uploads.clear()
@@ -115,7 +115,7 @@ def test_the_tables_of_5000_tensors(monkeypatch):
     """Every tensor's addresses, size, alignment and group are in its own row, and it has its item.
     The kernel is not run here: test_kernel_accuracy.py does.
     """
-    monkeypatch.setattr(launch, "_run", lambda *_: None)
+    monkeypatch.setattr(launch, "run", lambda *_: None)
     memory = Memory()
     specs = [Spec(f"{i}", (1 + i % 5,), i % 3, i % 2) for i in range(5000)]
     params = [memory.place(torch.ones(s.shape), torch.float32, s.name, s.w_offset) for s in specs]
@@ -126,7 +126,7 @@ def test_the_tables_of_5000_tensors(monkeypatch):
     optimizer = LARS(groups, backend="triton")
     optimizer.step()
     (work,) = works(optimizer)
-    tile = launch._kernels().tile
+    tile = launch.kernels().tile
     columns = {
         "W_AT": [p.data_ptr() for p in params],
         "G_AT": [p.grad.data_ptr() for p in params],
@@ -169,13 +169,13 @@ def test_elements_beyond_two_to_the_31(monkeypatch, launches):
     g.copy_(torch.randn(tail))
     expected = (w.double() - 0.5 * g.double()).half()
     dtypes = launch.Dtypes(torch.float16, torch.float16, torch.float32)
-    with launch.forced_launches(launches):
-        work = launch.Work(device, dtypes, [numel], [False], [0], [True], 1)
+    with tables.forced_launches(launches):
+        work = tables.Work(device, dtypes, [numel], [False], [0], [True], 1)
     last = pack_item(BOTH, 0, (1 << 31) // row.chunk)
     assert last in work.plan.items.tolist()
     work.items, work.programs = torch.tensor([last]), 1
     work.plan = dataclasses.replace(work.plan, items=work.items)
-    options, address = launch.group_row(Options(lr=0.5, momentum=0.0, adapt=False), device)
+    options, address = tables.group_row(Options(lr=0.5, momentum=0.0, adapt=False), device)
     work.set_groups([options], [address])
     below = 2 * (numel - tail)
     work.point([w.data_ptr() - below], [g.data_ptr() - below], [0], [0])
@@ -196,7 +196,7 @@ def test_plans_beyond_two_to_the_31_elements():
 @interpret
 def test_the_number_of_launches_is_one_or_two():
     with (
-        launch.forced_launches(3),
+        tables.forced_launches(3),
         pytest.raises(ValueError, match=re.escape("LARS_FUSED_LAUNCHES=3 is not allowed")),
     ):
         LARS(some(), backend="triton").step()
@@ -205,8 +205,8 @@ def test_the_number_of_launches_is_one_or_two():
 @interpret
 def test_an_unknown_architecture_names_the_known_ones():
     with pytest.raises(KeyError, match=r"no launch constants for architecture 'tpu'.*'gfx'"):
-        launch._kernels().tuning.row_for("tpu")
-    assert launch._kernels().tuning.row_for("gfx90a") == launch._kernels().tuning.ROWS["gfx"]
+        launch.kernels().tuning.row_for("tpu")
+    assert launch.kernels().tuning.row_for("gfx90a") == launch.kernels().tuning.ROWS["gfx"]
 
 
 @marked(*everywhere)
@@ -223,7 +223,7 @@ def test_layer_stats_are_the_float64_truth(monkeypatch, backend, device, launche
         {"params": [(name, p)], **TERMS, **OPTIONS[name]}
         for name, p in zip(names, params, strict=True)
     ]
-    with launch.forced_launches(launches):
+    with tables.forced_launches(launches):
         optimizer = LARS(groups, backend=backend)
         assert optimizer.layer_stats() == {}
         expected = {}

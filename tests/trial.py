@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lars_fused import LARS, launch, reference
+from lars_fused import LARS, portable, tables
 from lars_fused.reference import Options
 from tests.cases import TERMS, Memory, Spec, bits
 
@@ -176,7 +176,7 @@ class Trial:
     def _advance(self, one: _One, g: Tensor) -> None:
         o, first = self.options[one.group], not one.stepped
         v = None if one.v_truth is None else [one.v_truth]
-        reference.step_([one.truth], [g.double()], v or [None], [None], [o], [first])
+        portable.step_([one.truth], [g.double()], v or [None], [None], [o], [first])
         one.eager, one.v_eager = eager_step(one.eager, g, one.v_eager, first, o)
         one.stepped = True
 
@@ -196,7 +196,7 @@ class Trial:
                 name = f"{one.name}, momentum"
                 assert_close(name, v, one.v_truth, one.v_eager, one.v_truth, ulps)
 
-    def works(self) -> list[launch.Work]:
+    def works(self) -> list[tables.Work]:
         """What the last step launched."""
         return works(self.optimizer)
 
@@ -207,7 +207,7 @@ class Trial:
                 scratch.fill_(torch.nan)
 
 
-def works(optimizer: LARS) -> list[launch.Work]:
+def works(optimizer: LARS) -> list[tables.Work]:
     """The launches of the optimizer's last step."""
     assert optimizer._last is not None
     return [work for _, work in optimizer._last.stepper.parts]

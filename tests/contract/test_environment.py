@@ -25,7 +25,7 @@ from contract.tools import (
     twins,
 )
 
-from lars_fused import LARS, functional, launch, multi_tensor_l2norm
+from lars_fused import LARS, launch, multi_tensor_l2norm, stepper, tables
 
 pytestmark = BOTH
 
@@ -186,7 +186,7 @@ def test_row_54_without_triton_the_portable_path_runs_with_one_warning(tier):
 
 def test_row_55_triton_interpret_set_after_the_import(tier):
     only_in_the_cpu_tier(tier)
-    late = "import lars_fused.launch, os; lars_fused.launch._kernels(); "
+    late = "import lars_fused.launch, os; lars_fused.launch.kernels(); "
     out = python(script(middle=late + "os.environ['TRITON_INTERPRET'] = '1'"))
     assert "warned 1 LARS" in out
     assert "TRITON_INTERPRET=1 was set after" in out
@@ -206,7 +206,7 @@ class Broken(Exception):
 
 def break_launches(monkeypatch, error, after=0):
     """Every launch but the first `after` raises."""
-    launches, real = [], launch._run
+    launches, real = [], launch.run
 
     def run_or_raise(*args):
         launches.append(1)
@@ -214,8 +214,8 @@ def break_launches(monkeypatch, error, after=0):
             raise error
         return real(*args)
 
-    monkeypatch.setattr(launch, "_run", run_or_raise)
-    monkeypatch.setattr(functional, "_warned", set())
+    monkeypatch.setattr(launch, "run", run_or_raise)
+    monkeypatch.setattr(stepper, "_warned", set())
 
 
 @pytest.mark.parametrize("after", [0, 1, 2])
@@ -340,7 +340,7 @@ def test_row_56_default_device_has_no_influence(backend, device):
         optimizer.param_groups[0]["lr"] = rate
     gradients = [make_grads(under, step) for step in range(2)]
     run(b, plain, 2)
-    launch._cached_plan.cache_clear()
+    tables._cached_plan.cache_clear()
     torch.set_default_device("meta")
     try:
         for grads in gradients:

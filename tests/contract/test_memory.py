@@ -8,7 +8,7 @@ import pytest
 import torch
 from contract.tools import BOTH, STRONG, Truth, assert_true, copies, make_params, run, set_grads
 
-from lars_fused import LARS, launch
+from lars_fused import LARS, launch, tables
 
 pytestmark = BOTH
 
@@ -65,11 +65,11 @@ def test_row_12_chunks_of_huge_tensors_lie_where_they_should(numel, tier):
 
     size, dtype = 1 << 13, torch.bfloat16
     chunks = -(-numel // size)
-    work = launch.Work(
+    work = tables.Work(
         torch.device("cpu"), launch.Dtypes(dtype, dtype, torch.float32), [numel], [False], [0],
         [True], 1,
     )  # fmt: skip
-    row, address = launch.group_row(Options(lr=0.5, momentum=0.0, adapt=False), work.device)
+    row, address = tables.group_row(Options(lr=0.5, momentum=0.0, adapt=False), work.device)
     work.set_groups([row], [address])
     for chunk in (0, 2**31 // size - 1, 2**31 // size, chunks - 1):
         if chunk >= chunks:
@@ -126,7 +126,7 @@ def test_row_60_a_portable_step_takes_less_than_one_percent_of_the_parameters(ti
 
 def test_row_60_ten_thousand_steps_leave_nothing_behind(tier, backend, device, monkeypatch):
     if tier != "cpu":  # the host side of a launch alone: the interpreter takes 10 ms a step
-        monkeypatch.setattr(launch, "_run", lambda *_: None)
+        monkeypatch.setattr(launch, "run", lambda *_: None)
     steps = 10_000 if tier == "cpu" else 1000
     params = make_params([(2,), (3,)], device=device)
     optimizer = LARS(params, **STRONG, backend=backend)

@@ -61,7 +61,7 @@ def test_no_step_compiles_again():
 
 def device_caches():
     """Triton's own caches of compiled variants, where this version has them in this form."""
-    kernels = launch._kernels()
+    kernels = launch.kernels()
     jitted = (kernels.lars_step.lars_step, kernels.l2norm.l2norm, kernels.lars_update.lars_update)
     entries = [e for k in jitted for e in getattr(k, "device_caches", {}).values()]
     return [e[0] if isinstance(e, tuple) else e for e in entries]
