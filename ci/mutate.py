@@ -41,16 +41,10 @@ STEP, TILE, L2, UPDATE = (f"kernels/{n}.py" for n in ("lars_step", "tile", "l2no
 REF, PORTABLE, BATCH, STEPPER, OPT, CHK, PLAN, TABLES, CKPT = (
     f"lars_fused/{n}.py"
     for n in (
-        "reference",
-        "batch",
-        "stepper",
-        "optimizer",
-        "checks",
-        "plan",
-        "tables",
+        "reference", "portable", "batch", "stepper", "optimizer", "checks", "plan", "tables",
         "checkpoint",
     )
-)
+)  # fmt: skip
 FAULTS = [
     Fault("momentum is forgotten", "interpret", "options:row_06_every_option_changed", TILE,
           "v = momentum * v + keep * u", "v = keep * u"),
