@@ -30,6 +30,7 @@ from lars_fused.kernels.tuning import compile_options, row_for
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bench.environment import commit
 from lars_fused.launch import Dtypes, constants
 
 RESULTS = Path(__file__).parent / "results" / "codegen"
@@ -370,12 +371,9 @@ def measure(made: Build) -> Row:
 
 def environment() -> str:
     """Versions and commit that a table was made with."""
-    root = Path(__file__).parent.parent
-    command = ("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12")
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    sha = done.stdout.strip() or "unknown"
+    sha, dirty = commit()
     versions = f"triton {triton.__version__}, torch {torch.__version__}"
-    return f"{versions}, python {platform.python_version()}, git {sha}"
+    return f"{versions}, python {platform.python_version()}, git {sha}{'-dirty' * dirty}"
 
 
 def table(rows: Sequence[Row]) -> str:

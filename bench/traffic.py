@@ -11,7 +11,6 @@ import argparse
 import csv
 import math
 import platform
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from bench.cache_model import (
     Traffic,
     simulate,
 )
+from bench.environment import commit
 from bench.models import MODELS, adapted
 from lars_fused.plan import make_plan
 
@@ -120,12 +120,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--gpu", choices=GPUS, help="only this GPU")
     parser.add_argument("--default", action="store_true", help="no sweeps")
     chosen = parser.parse_args(arguments)
-    sha = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
+    sha, dirty = commit()
     header = [
         "PREDICTION of a cache simulation; nothing here was measured",
-        f"commit {sha or 'none'}; python {platform.python_version()}; torch {torch.__version__}",
+        f"commit {sha}{'-dirty' * dirty}; "
+        f"python {platform.python_version()}; torch {torch.__version__}",
         f"command: {parser.prog} {' '.join(sys.argv[1:] if arguments is None else arguments)}",
         f"usable L2 {USABLE_L2}, block {BLOCK}, item {ITEM_US} us, publish {PUBLISH_US} us, "
         f"round trip {ROUND_TRIP_US} us",

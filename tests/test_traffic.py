@@ -6,6 +6,7 @@ import csv
 
 import pytest
 import torch
+from lars_fused.kernels import tuning
 
 from bench.cache_model import GPUS, Cache, simulate
 from bench.traffic import Choice, main, predict
@@ -157,3 +158,9 @@ def test_table_says_that_it_is_a_prediction(tmp_path, capsys):
     assert [(row["model"], row["gpu"]) for row in rows] == [("GoogLeNet", "A100")]
     assert 20 <= float(rows[0]["bytes_per_parameter"]) <= 28
     assert "PREDICTION" in capsys.readouterr().out
+
+
+def test_the_model_predicts_for_the_constants_that_are_launched():
+    row, choice = tuning.row_for("sm_90"), Choice()
+    assert (row.chunk, row.programs, row.window) == (choice.chunk, choice.per_sm, None)
+    assert choice.window == tuning.WINDOW_SHARE
