@@ -68,7 +68,7 @@ def _squares(tensors: list[Tensor], backend: str) -> Tensor:
                 f"{checks.describe(f'tensors[{i}]', t)}: backend='triton' cannot read it: {reason}"
             )
         else:
-            found[i] = portable.square_sums_of([t], [t], [_NORM_OPTIONS])[0, 0].to(home)
+            found[i] = portable.squared_norm(t).to(home)
     for (device, dtype), index in taken.items():
         dtypes = launch.Dtypes(dtype, None, torch.float32)
         n = len(index)

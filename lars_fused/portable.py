@@ -65,3 +65,10 @@ def square_sums_of(
         ]
         rows.append(torch.stack(parts).sum(0))
     return torch.stack(rows)
+
+
+def squared_norm(t: Tensor, size: int = 1 << 13) -> Tensor:
+    """N(t)² of one tensor."""
+    wide = torch.float32 if t.device.type == "mps" else torch.float64
+    parts = [torch.linalg.vector_norm(t_, dtype=wide) for (t_,) in pieces([t], size)]
+    return torch.stack(parts).square().sum()
