@@ -37,7 +37,9 @@ class Fault(NamedTuple):
     new: str
 
 
-STEP, TILE, L2, UPDATE = (f"kernels/{n}.py" for n in ("lars_step", "tile", "l2norm", "lars_update"))
+STEP, TILE, SUMS, L2, UPDATE = (
+    f"kernels/{n}.py" for n in ("lars_step", "tile", "sums", "l2norm", "lars_update")
+)
 REF, PORTABLE, BATCH, STEPPER, OPT, CHK, PLAN, TABLES, CKPT = (
     f"lars_fused/{n}.py"
     for n in (
@@ -54,11 +56,11 @@ FAULTS = [
           "u = (g * factor + decay * w) * gain_unit", "u = (g * factor) * gain_unit"),
     Fault("first step is dampened", "interpret", "options:row_06_every_option_changed", TILE,
           "tl.where(fresh | (momentum == 0), 1.0,", "tl.where(momentum == 0, 1.0,"),
-    Fault("tail of a block dropped", "interpret", "tensors:row_10", TILE,
+    Fault("tail of a block dropped", "interpret", "tensors:row_10", SUMS,
           "if done < count:\n        tail_lane", "if done + 1 < count:\n        tail_lane"),
-    Fault("small sums not rescued", "interpret", "magnitudes:row_24", TILE,
+    Fault("small sums not rescued", "interpret", "magnitudes:row_24", SUMS,
           "SUM_FLOOR = tl.constexpr(2.0**-80)", "SUM_FLOOR = tl.constexpr(-1.0)"),
-    Fault("large sums not rescued", "interpret", "magnitudes:row_24", TILE,
+    Fault("large sums not rescued", "interpret", "magnitudes:row_24", SUMS,
           "(total > SUM_FLOOR) & (total < SUM_CEILING)", "total > SUM_FLOOR"),
     Fault("bf16 truncated", "interpret", "tensors:row_10 or row_21", TILE,
           "rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16", "rounded = bits >> 16"),
@@ -78,7 +80,7 @@ FAULTS = [
           "return index.to(tl.int64) * SIZE", "return (index.to(tl.int32) * SIZE).to(tl.int64)"),
     Fault("alignment assumed", "interpret", "tensors:row_13", TILE,
           "tl.where(aligned, count // BLOCK, 0)", "(count + BLOCK - 1) // BLOCK"),
-    Fault("first chunk's partial sums missed", "interpret", "tensors:row_10", TILE,
+    Fault("first chunk's partial sums missed", "interpret", "tensors:row_10", SUMS,
           "    done = chunks * 0\n", "    done = chunks * 0 + 1\n"),
     Fault("arrivals not reset", "interpret", "tensors:row_10",
           STEP, "tl.store(arrivals + tensor, 0)", "pass"),

@@ -11,6 +11,7 @@ Bytes a parameter in fp32: 8 (w and g), or 4 for one list of tensors (G_DT None)
 import triton
 import triton.language as tl
 
+from .sums import chunk_square_sums, store_triple, sum_partials
 from .tile import (
     DECAY,
     GROUP,
@@ -19,11 +20,8 @@ from .tile import (
     SLOT,
     TENSOR_WORDS,
     chunk_span,
-    chunk_square_sums,
     gradient_factor,
     inverse_scale,
-    store_triple,
-    sum_partials,
     unpack_item,
 )
 

@@ -20,6 +20,7 @@ Why not a grid barrier, float atomics or autotune: `README.md`.
 import triton
 import triton.language as tl
 
+from .sums import chunk_square_sums, store_triple, sum_partials
 from .tile import (
     DECAY,
     FLAGS,
@@ -32,15 +33,12 @@ from .tile import (
     TENSOR_WORDS,
     UPDATE,
     chunk_span,
-    chunk_square_sums,
     decode_ratio,
     encode_ratio,
     gradient_factor,
     inverse_scale,
     learning_rate,
     store_stats,
-    store_triple,
-    sum_partials,
     trust_ratio,
     unpack_item,
     update_chunk,

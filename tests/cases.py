@@ -151,3 +151,21 @@ def bits(tensors: Sequence[Tensor]) -> list[bytes]:
     return [
         t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() for t in tensors
     ]
+
+
+def marked(*marks):
+    """Several markers as one decorator."""
+
+    def decorate(test):
+        for mark in marks:
+            test = mark(test)
+        return test
+
+    return decorate
+
+
+def some(count=3, n=5, dtype=torch.float32, device="cpu"):
+    params = [torch.nn.Parameter(torch.randn(n, device=device).to(dtype)) for _ in range(count)]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    return params

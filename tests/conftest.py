@@ -78,3 +78,26 @@ def backend(tier: str) -> str:
 @pytest.fixture
 def device(tier: str) -> str:
     return "cuda" if tier == "gpu" else "cpu"
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Every launch as (kernel, its compile-time constants), by way of the one function for it."""
+    from lars_fused import launch
+
+    calls, run = [], launch.run
+
+    def record(name, grid, args, dtypes, row, device):
+        calls.append((name, str(launch.constants(dtypes, row, name, True))))
+        run(name, grid, args, dtypes, row, device)
+
+    monkeypatch.setattr(launch, "run", record)
+    return calls
+
+
+@pytest.fixture
+def row(monkeypatch):
+    """Small chunks, so that small tensors have several."""
+    from tests.cases import small_row
+
+    return small_row(monkeypatch, "cpu")

@@ -10,48 +10,12 @@ import torch
 from lars_fused import LARS, launch, reference, tables
 from lars_fused.plan import BOTH, make_plan, pack_item, unpack_items
 from lars_fused.reference import Options
-from tests.cases import OPTIONS, TERMS, Memory, Spec, small_row
+from tests.cases import OPTIONS, TERMS, Memory, Spec, marked, small_row, some
 from tests.trial import works
 
 cpu = pytest.mark.cpu
 interpret = pytest.mark.interpret
 everywhere = [cpu, interpret, pytest.mark.gpu]
-
-
-def marked(*marks):
-    """Several markers as one decorator."""
-
-    def decorate(test):
-        for mark in marks:
-            test = mark(test)
-        return test
-
-    return decorate
-
-
-def some(count=3, n=5, dtype=torch.float32, device="cpu"):
-    params = [torch.nn.Parameter(torch.randn(n, device=device).to(dtype)) for _ in range(count)]
-    for p in params:
-        p.grad = torch.randn_like(p)
-    return params
-
-
-@pytest.fixture
-def launched(monkeypatch):
-    """Every launch as (kernel, its compile-time constants), by way of the one function for it."""
-    calls, run = [], launch.run
-
-    def record(name, grid, args, dtypes, row, device):
-        calls.append((name, str(launch.constants(dtypes, row, name, True))))
-        run(name, grid, args, dtypes, row, device)
-
-    monkeypatch.setattr(launch, "run", record)
-    return calls
-
-
-@pytest.fixture
-def row(monkeypatch):
-    return small_row(monkeypatch, "cpu")
 
 
 @pytest.fixture
