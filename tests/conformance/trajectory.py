@@ -4,8 +4,8 @@ Both are fed the gradients that the network has at LARS's weights, so that what 
 optimizers' arithmetic: a difference is not fed back through the network, where it would grow.
 """
 
+import pytest
 import torch
-from sklearn.datasets import load_digits
 from torch import nn
 
 EPS = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}  # one rounding, relative
@@ -34,7 +34,9 @@ class Net(nn.Module):
 
 
 def digits(device="cpu"):
-    data = load_digits()
+    # A bare GPU machine has no scikit-learn.
+    sklearn = pytest.importorskip("sklearn.datasets")
+    data = sklearn.load_digits()
     images = torch.tensor(data.images, dtype=torch.float32, device=device)[:, None] / 16
     return images, torch.tensor(data.target, device=device)
 
