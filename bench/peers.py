@@ -74,15 +74,26 @@ class Variant:
     momenta: Callable[[], list[Tensor]] | None = None  # where they are to agree too
 
 
+def set_gradient(p: Tensor, g: Tensor) -> None:
+    """Give `p` the gradient `g`, of whatever dtype.
+
+    Before `Tensor.grad_dtype` (torch 2.13) only the data of a gradient could have another.
+    """
+    if g.dtype == p.dtype:
+        p.grad = g
+    elif hasattr(Tensor, "grad_dtype"):
+        p.grad_dtype = g.dtype  # type: ignore[attr-defined]
+        p.grad = g
+    else:
+        p.grad = torch.zeros_like(p)
+        p.grad.data = g
+
+
 def _parameters(inputs: Inputs) -> list[torch.nn.Parameter]:
     found = []
     for w, g in zip(inputs.w, inputs.g, strict=True):
         p = torch.nn.Parameter(w.clone())
-        if g.dtype != w.dtype:
-            if not hasattr(torch.Tensor, "grad_dtype"):
-                raise RuntimeError("this torch has no Tensor.grad_dtype")
-            p.grad_dtype = g.dtype
-        p.grad = g
+        set_gradient(p, g)
         found.append(p)
     return found
 

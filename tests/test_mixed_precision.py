@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bench.peers import set_gradient
 from lars_fused import LARS
 
 pytestmark = [pytest.mark.cpu, pytest.mark.interpret, pytest.mark.gpu]
@@ -23,8 +24,7 @@ def parameters(dtype, device):
 
 def step(optimizer, params, grads):
     for p, g in zip(params, grads, strict=True):
-        p.grad_dtype = g.dtype
-        p.grad = g.clone()
+        set_gradient(p, g.clone())
     optimizer.step()
     for p, g in zip(params, grads, strict=True):
         assert torch.equal(p.grad, g)

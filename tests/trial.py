@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.peers import set_gradient
 from lars_fused import LARS, portable, tables
 from lars_fused.reference import Options
 from tests.cases import TERMS, Memory, Spec, bits
@@ -157,9 +158,7 @@ class Trial:
                 self._random(i, 1), self.g_dtype or self.w_dtype, f"{spec.name}, gradient",
                 spec.g_offset, spec.g_order, spec.gap,
             )  # fmt: skip
-            if g.dtype != one.p.dtype:
-                one.p.grad_dtype = g.dtype
-            one.p.grad = g
+            set_gradient(one.p, g)
 
     def step(self, **changes: Any) -> None:
         """One step of all three; `changes`: hyper-parameters from now on, of every group."""
