@@ -187,7 +187,6 @@ class LARS(Optimizer):
         self._group_of: list[int] = []
         self._values: list[tuple[Any, ...]] = []
         self._options: list[Options] = []
-        self._pattern: list[bool] | None = None
         self._steppers: dict[tuple[bool, ...], Active] = {}
         self._last: Active | None = None
         self._recent: list[Active] = []  # what the last step consisted of

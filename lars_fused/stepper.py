@@ -186,7 +186,9 @@ class Stepper:
         self._options = options
         self.results = []
         whole = self._whole_norms(works, batch, options, grad_scale)
-        for (index, _), work in zip(self.parts, works, strict=True):
+        kept = []
+        for part, work in zip(self.parts, works, strict=True):
+            index = part[0]
             scale = None if grad_scale is None else grad_scale.to(work.device, torch.float32)
             skip = None if found_inf is None else found_inf.to(work.device, torch.float32)
             split = self._shards is not None and self._shards.among(index)
@@ -195,7 +197,7 @@ class Stepper:
                 if work.plan.items.numel() == 0:
                     # No program counts the steps: empty parts of tensors that other ranks step.
                     work.counter += (work.zero if skip is None else skip).eq(0).long() << 32
-            except Exception as error:
+            except Exception as error:  # whatever keeps a kernel from being compiled or launched
                 untouched = work.recover()
                 if not (self.auto and untouched) or split:
                     raise
@@ -204,8 +206,9 @@ class Stepper:
                         self.fresh[i] = False
                 self._fall_back(index, error)
                 continue
+            kept.append(part)
             self.results.append((index, work.sums, work.ratios))
-        self.parts = [(index, work) for index, work in self.parts if index is not self._lost(index)]
+        self.parts = kept
         if self.portable:
             self._run_portable(batch, options, grad_scale, found_inf, whole)
             self.results += self._portable_results  # of the step before, if this one was skipped
@@ -245,9 +248,6 @@ class Stepper:
             found.append((index, own[device]))
         self._shards.add_up(found, [options[g] for g in batch.groups])
         return own
-
-    def _lost(self, index: list[int]) -> list[int] | None:
-        return index if index and index[0] in self.portable else None
 
     def _fall_back(self, index: list[int], error: Exception) -> None:
         _warn_once(f"the kernel could not be launched ({type(error).__name__}: {error})")
