@@ -27,7 +27,7 @@ from lars_fused.plan import BOTH, NORM, UPDATE, Plan, chunk_count, unpack_items
 USABLE_L2 = 0.7
 BLOCK = 2048  # elements of each array that one program has on the way at once
 ROUND_TRIP_US = 0.75  # DRAM latency under load
-ITEM_US = 2.5  # ticket -> item -> table -> first data
+ITEM_US = 1.2  # table -> group -> first data; ticket and item came during the item before
 PUBLISH_US = 1.0  # last arrival -> ratio visible
 
 

@@ -162,6 +162,8 @@ def _spec(kernel: str, dtypes: Dtypes, row: Any, note: str = "") -> Spec:
     used = [letter for letter in ("w", "g", "v", "copy") if f"{letter.upper()}_DT" in values]
     types = {letter: getattr(dtypes, letter) for letter in used}
     case = " ".join(f"{n}={str(t).removeprefix('torch.')}" for n, t in types.items() if t)
+    if kernel == "l2norm" and dtypes.g and torch.float32 not in types.values():
+        case += f" beside {str(max(dtypes, key=lambda t: t.itemsize if t else 0))[6:]}"
     return Spec(
         f"lars_fused.kernels.{kernel}:{kernel}",
         re.sub(r"float(?=\d)", "fp", case.replace("bfloat", "bf")) + note,

@@ -34,6 +34,7 @@ class Candidate(NamedTuple):
     chunk: int
     block: int
     num_warps: int
+    registers: int | None
     programs: int
     window: float
     evict: str
@@ -43,8 +44,9 @@ class Candidate(NamedTuple):
 VALUES: dict[str, tuple[Any, ...]] = {
     "programs": (2, 3, 4, 5, 6, 8),
     "chunk": (2048, 4096, 8192, 16384, 32768),
+    "block": (1024, 2048, 4096),
+    "registers": (None, 72, 80, 96, 128),
     "num_warps": (4, 8, 2),
-    "block": (512, 1024, 2048, 4096),
     "window": (0.3, 0.4, 0.47, 0.55, 0.65, 0.8),
     "evict": ("evict_first", ""),
     "order": ("grouped", "sliding"),
@@ -53,7 +55,7 @@ Times = dict[str, float]
 
 
 def neighbours(best: Candidate) -> Iterator[Candidate]:
-    """Every candidate that differs from the best in one constant, or in chunk and programs."""
+    """Every candidate that differs from the best in one constant, or in two that go together."""
     for name, values in VALUES.items():
         for value in values:
             yield best._replace(**{name: value})
@@ -61,10 +63,22 @@ def neighbours(best: Candidate) -> Iterator[Candidate]:
         yield best._replace(
             chunk=int(best.chunk * factor), programs=max(1, round(best.programs / factor))
         )
+    # A block of a whole chunk is one round trip an item, and takes registers.
+    yield best._replace(block=4096, registers=128, programs=min(best.programs, 4))
 
 
 def possible(candidate: Candidate) -> bool:
     return candidate.chunk % candidate.block == 0 and candidate.block >= 32 * candidate.num_warps
+
+
+def row_of(candidate: Candidate, row: Any, l2_bytes: int) -> Any:
+    """The row of `kernels/tuning.py` with a candidate's constants."""
+    return row._replace(
+        chunk=candidate.chunk, block=candidate.block, num_warps=candidate.num_warps,
+        threads=candidate.num_warps * row.threads // row.num_warps,
+        step_registers=candidate.registers, programs=candidate.programs,
+        window=int(candidate.window * l2_bytes), evict=candidate.evict,
+    )  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -73,11 +87,7 @@ def used(candidate: Candidate, architecture: str, l2_bytes: int) -> Iterator[Non
     rows = launch.kernels().tuning.ROWS
     before, make = dict(rows), tables.make_plan
     row = launch.kernels().tuning.row_for(architecture)
-    rows[architecture] = row._replace(
-        chunk=candidate.chunk, block=candidate.block, num_warps=candidate.num_warps,
-        programs=candidate.programs, window=int(candidate.window * l2_bytes),
-        evict=candidate.evict,
-    )  # fmt: skip
+    rows[architecture] = row_of(candidate, row, l2_bytes)
     tables.make_plan = functools.partial(plan.make_plan, order=candidate.order)
     tables._cached_plan.cache_clear()  # it does not know of the order
     try:
@@ -98,9 +108,11 @@ class Tuner:
         self.l2 = getattr(
             torch.cuda.get_device_properties(device), "L2_cache_size", 0
         ) if device.type == "cuda" else 1 << 24  # fmt: skip
-        row = launch.kernels().tuning.row_for(self.architecture)
+        tuning = launch.kernels().tuning
+        row = tuning.row_for(self.architecture)
         self.present = Candidate(
-            row.chunk, row.block, row.num_warps, row.programs, round(row.window / self.l2, 3),
+            row.chunk, row.block, row.num_warps, row.step_registers, row.programs,
+            tuning.WINDOW_SHARE if row.window is None else round(row.window / self.l2, 3),
             row.evict, "grouped",
         )  # fmt: skip
         self.inputs = [case.inputs(device) for case in cases]

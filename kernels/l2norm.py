@@ -14,11 +14,13 @@ import triton.language as tl
 from .sums import chunk_square_sums, store_triple, sum_partials
 from .tile import (
     DECAY,
+    G_AT,
     GROUP,
     GROUP_WORDS,
     NUMEL,
     SLOT,
     TENSOR_WORDS,
+    W_AT,
     chunk_span,
     gradient_factor,
     inverse_scale,
@@ -41,7 +43,7 @@ def l2norm(
     grad_scale,  # float32 [1]
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
-    TAIL: tl.constexpr,
+    THREADS: tl.constexpr,
     LANES: tl.constexpr,
     W_DT: tl.constexpr,
     G_DT: tl.constexpr,
@@ -52,12 +54,14 @@ def l2norm(
     """Sum the squares of one chunk; finish the tensor if it is its last chunk to arrive."""
     _, tensor, chunk = unpack_item(tl.load(items + tl.program_id(0)))
     row = tensors + tensor * TENSOR_WORDS
+    w_address, g_address = tl.load(row + W_AT), tl.load(row + G_AT)
     options = groups + tl.load(row + GROUP) * GROUP_WORDS
     start, count, whole = chunk_span(row, chunk, CHUNK, BLOCK)
     w2, g2, d2 = chunk_square_sums(
-        row, start, count, whole, gradient_factor(options, inverse_scale(grad_scale)),
+        w_address, g_address, start, count, whole,
+        gradient_factor(options, inverse_scale(grad_scale)),
         tl.load(options + DECAY).to(tl.float32),
-        BLOCK, TAIL, W_DT, G_DT, W_ALIGN, G_ALIGN, EMULATE_BF16,
+        BLOCK, THREADS, W_DT, G_DT, W_ALIGN, G_ALIGN, EMULATE_BF16,
     )  # fmt: skip
     chunks = (tl.load(row + NUMEL) + CHUNK - 1) // CHUNK
     if chunks == 1:

@@ -23,8 +23,7 @@ import triton.language as tl
 from .sums import chunk_square_sums, store_triple, sum_partials
 from .tile import (
     DECAY,
-    FLAGS,
-    FRESH,
+    G_AT,
     GROUP,
     GROUP_WORDS,
     NORM,
@@ -32,6 +31,7 @@ from .tile import (
     SLOT,
     TENSOR_WORDS,
     UPDATE,
+    W_AT,
     chunk_span,
     decode_ratio,
     encode_ratio,
@@ -42,10 +42,28 @@ from .tile import (
     trust_ratio,
     unpack_item,
     update_chunk,
+    update_rule,
 )
 
 # The counter word is (epoch << 32) | next ticket: one atomic gives both.
 _TICKET = tl.constexpr(0xFFFFFFFF)
+
+
+@triton.jit
+def _draw(counter, THREADS: tl.constexpr):
+    """Send for the next ticket: one thread's atomic, for whose answer nobody waits yet.
+
+    A scalar atomic would wait, since its answer is handed to all threads on the spot. So would an
+    atomic that adds the same in every thread: ptxas makes one of a warp's and hands out the answer.
+    """
+    lane = tl.arange(0, THREADS)
+    return tl.atomic_add(counter + lane * 0, lane.to(tl.int64) + 1, mask=lane == 0, sem="relaxed")
+
+
+@triton.jit
+def _receive(drawn, THREADS: tl.constexpr):
+    """Ticket that `_draw` sent for."""
+    return tl.sum(tl.where(tl.arange(0, THREADS) == 0, drawn, 0)) & _TICKET
 
 
 @triton.jit
@@ -97,7 +115,7 @@ def lars_step(
     n_items,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
-    TAIL: tl.constexpr,
+    THREADS: tl.constexpr,
     LANES: tl.constexpr,
     W_DT: tl.constexpr,
     G_DT: tl.constexpr,
@@ -118,24 +136,34 @@ def lars_step(
     word = tl.atomic_add(counter, 1, sem="relaxed")
     ticket = word & _TICKET
     epoch = word >> 32
+    item = tl.load(items + ticket, mask=ticket < todo, other=0)
     while ticket < todo:
-        # Drawn early so that the atomic's latency hides behind the item. Safe: a program does
-        # its tickets in increasing order.
-        next_ticket = tl.atomic_add(counter, 1, sem="relaxed") & _TICKET
-        kind, tensor, chunk = unpack_item(tl.load(items + ticket))
+        # The next ticket is sent for now and its item in the middle of this one, so that neither
+        # is waited for. Safe: a program does its tickets in increasing order.
+        drawn = _draw(counter, THREADS)
+        kind, tensor, chunk = unpack_item(item)
         row = tensors + tensor * TENSOR_WORDS
+        w_address, g_address = tl.load(row + W_AT), tl.load(row + G_AT)
         group = tl.load(row + GROUP)
         options = groups + group * GROUP_WORDS
         option_words = group_words + group * GROUP_WORDS
         factor = gradient_factor(options, unscale)
         start, count, whole = chunk_span(row, chunk, CHUNK, BLOCK)
         ratio = tl.full([], 1.0, tl.float64)  # of a chunk that is not adapted
-
+        w2 = tl.full([], 0.0, tl.float64)
+        g2 = tl.full([], 0.0, tl.float64)
+        d2 = tl.full([], 0.0, tl.float64)
         if (kind & NORM) != 0:
             w2, g2, d2 = chunk_square_sums(
-                row, start, count, whole, factor, tl.load(options + DECAY).to(tl.float32),
-                BLOCK, TAIL, W_DT, G_DT, W_ALIGN, G_ALIGN, EMULATE_BF16,
+                w_address, g_address, start, count, whole, factor,
+                tl.load(options + DECAY).to(tl.float32),
+                BLOCK, THREADS, W_DT, G_DT, W_ALIGN, G_ALIGN, EMULATE_BF16,
             )  # fmt: skip
+
+        next_ticket = _receive(drawn, THREADS)
+        next_item = tl.load(items + next_ticket, mask=next_ticket < todo, other=0)
+
+        if (kind & NORM) != 0:
             chunks = (tl.load(row + NUMEL) + CHUNK - 1) // CHUNK
             complete = chunks == 1
             if chunks > 1:
@@ -155,15 +183,19 @@ def lars_step(
                     _publish(flags + tensor, epoch, ratio)
 
         if (kind & UPDATE) != 0:
+            # Before the wait, which then overlaps with these loads.
+            lr = learning_rate(options, option_words)
+            momentum, keep, decay, nesterov, inside = update_rule(options, row, epoch)
             if kind == UPDATE:
                 ratio = _wait_for_ratio(flags + tensor, epoch, POLL_ATOMIC)
-            fresh = ((tl.load(row + FLAGS) & FRESH) != 0) & (epoch == 1)
             update_chunk(
-                row, start, count, whole, factor, ratio, learning_rate(options, option_words),
-                fresh, options, BLOCK, TAIL, W_DT, G_DT, V_DT, COPY_DT,
+                row, w_address, g_address, start, count, whole, factor, ratio, lr,
+                momentum, keep, decay, nesterov, inside,
+                BLOCK, THREADS, W_DT, G_DT, V_DT, COPY_DT,
                 W_ALIGN, G_ALIGN, V_ALIGN, COPY_ALIGN, EVICT, EMULATE_BF16,
             )  # fmt: skip
         ticket = next_ticket
+        item = next_item
 
     # Every program ends on one ticket past the work. The very last ticket resets the queue for
     # the next launch; a skipped step does not count, so that "first step" stays first.

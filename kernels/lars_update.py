@@ -12,11 +12,11 @@ import triton
 import triton.language as tl
 
 from .tile import (
-    FLAGS,
-    FRESH,
+    G_AT,
     GROUP,
     GROUP_WORDS,
     TENSOR_WORDS,
+    W_AT,
     chunk_span,
     gradient_factor,
     inverse_scale,
@@ -25,6 +25,7 @@ from .tile import (
     trust_ratio,
     unpack_item,
     update_chunk,
+    update_rule,
 )
 
 
@@ -46,7 +47,7 @@ def lars_update(
     found_inf,  # float32 [1]: non-zero skips the step
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
-    TAIL: tl.constexpr,
+    THREADS: tl.constexpr,
     W_DT: tl.constexpr,
     G_DT: tl.constexpr,
     V_DT: tl.constexpr,
@@ -78,11 +79,12 @@ def lars_update(
         ratio = trust_ratio(w2, g2, d2, options, lr)
         if chunk == 0:
             store_stats(ratios, tensor, ratio, lr)
-        fresh = ((tl.load(row + FLAGS) & FRESH) != 0) & (epoch == 1)
         factor = gradient_factor(options, inverse_scale(grad_scale))
+        momentum, keep, decay, nesterov, inside = update_rule(options, row, epoch)
         update_chunk(
-            row, start, count, whole, factor, ratio, lr, fresh, options,
-            BLOCK, TAIL, W_DT, G_DT, V_DT, COPY_DT,
+            row, tl.load(row + W_AT), tl.load(row + G_AT), start, count, whole, factor, ratio, lr,
+            momentum, keep, decay, nesterov, inside,
+            BLOCK, THREADS, W_DT, G_DT, V_DT, COPY_DT,
             W_ALIGN, G_ALIGN, V_ALIGN, COPY_ALIGN, EVICT, EMULATE_BF16,
         )  # fmt: skip
     if ticket == tl.num_programs(0) - 1:

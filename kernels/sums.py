@@ -10,7 +10,7 @@ Bytes a parameter in fp32: 8 read.
 import triton
 import triton.language as tl
 
-from .tile import G_AT, UNIT_DOWN, UNIT_UP, W_AT, element_offset, pointer_to, widen
+from .tile import UNIT_DOWN, UNIT_UP, element_offset, pointer_to, widen
 
 # A block's fp32 sum of squares is trusted between these bounds: below, squares have lost bits to
 # underflow (2^-126 against 2^-80 leaves 2^-46 relative); above, one more square may overflow.
@@ -19,23 +19,37 @@ SUM_CEILING = tl.constexpr(2.0**120)
 
 
 @triton.jit
+def _by_thread(x, BLOCK: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr):
+    """Add up what each thread holds of a block: no thread needs another, and one number is kept.
+
+    A block lies over the threads in runs of VECTOR elements, once or several times around. BLOCK
+    numbers a thread instead would cost a third of all registers.
+    """
+    runs = tl.reshape(x, [BLOCK // (THREADS * VECTOR), THREADS, VECTOR])
+    return tl.sum(tl.sum(runs, 2), 0)
+
+
+@triton.jit
 def _sum_squares(
-    row, start, count, whole, factor, decay, w_unit, g_unit, d_unit,
-    BLOCK: tl.constexpr, TAIL: tl.constexpr, W_DT: tl.constexpr, G_DT: tl.constexpr,
+    w_address, g_address, start, count, whole, factor, decay, w_unit, g_unit, d_unit,
+    BLOCK: tl.constexpr, THREADS: tl.constexpr, W_DT: tl.constexpr, G_DT: tl.constexpr,
     W_ALIGN: tl.constexpr, G_ALIGN: tl.constexpr, EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
     """Fp32 sums of (w_unit·w)², (g_unit·s·g)² and (d_unit·d)² over one chunk.
 
     G_DT None: there is no g, and its sum is 0.
     """
-    lane = tl.arange(0, BLOCK)
-    w_sum = tl.zeros([BLOCK], tl.float32)
-    g_sum = tl.zeros([BLOCK], tl.float32)
-    d_sum = tl.zeros([BLOCK], tl.float32)
+    tl.static_assert(BLOCK % THREADS == 0, "a block must be whole turns of all threads")
+    ACCESS: tl.constexpr = W_ALIGN * 8 // W_DT.primitive_bitwidth  # elements of one wide load
+    VECTOR: tl.constexpr = ACCESS if ACCESS * THREADS <= BLOCK else BLOCK // THREADS
+    w_sum = tl.zeros([THREADS], tl.float32)
+    g_sum = tl.zeros([THREADS], tl.float32)
+    d_sum = tl.zeros([THREADS], tl.float32)
     # Whole blocks: no mask, so that the hints give 128-bit loads.
-    w_at = pointer_to(tl.load(row + W_AT), W_DT, W_ALIGN, EMULATE_BF16)
+    lane = tl.arange(0, BLOCK)
+    w_at = pointer_to(w_address, W_DT, W_ALIGN, EMULATE_BF16)
     if G_DT is not None:
-        g_at = pointer_to(tl.load(row + G_AT), G_DT, G_ALIGN, EMULATE_BF16)
+        g_at = pointer_to(g_address, G_DT, G_ALIGN, EMULATE_BF16)
     block = whole * 0
     while block < whole:
         first = start + element_offset(block, BLOCK)
@@ -46,41 +60,31 @@ def _sum_squares(
         d = (g * factor + decay * w) * d_unit
         w = w * w_unit
         g = g * factor * g_unit
+        w_sum += _by_thread(w * w, BLOCK, THREADS, VECTOR)
+        g_sum += _by_thread(g * g, BLOCK, THREADS, VECTOR)
+        d_sum += _by_thread(d * d, BLOCK, THREADS, VECTOR)
+        block += 1
+    # The rest, and everything of a misaligned tensor: masked, element by element.
+    thread = tl.arange(0, THREADS)
+    w_any = pointer_to(w_address, W_DT, 1, EMULATE_BF16)
+    if G_DT is not None:
+        g_any = pointer_to(g_address, G_DT, 1, EMULATE_BF16)
+    done = whole * BLOCK
+    while done < count:
+        mask = done + thread < count
+        first = start + done
+        w = widen(tl.load(w_any + first + thread, mask=mask, other=0), W_DT, EMULATE_BF16)
+        g = w * 0
+        if G_DT is not None:
+            g = widen(tl.load(g_any + first + thread, mask=mask, other=0), G_DT, EMULATE_BF16)
+        d = (g * factor + decay * w) * d_unit
+        w = w * w_unit
+        g = g * factor * g_unit
         w_sum += w * w
         g_sum += g * g
         d_sum += d * d
-        block += 1
-    w_sum, g_sum, d_sum = tl.sum(w_sum), tl.sum(g_sum), tl.sum(d_sum)
-    # The rest, and everything of a misaligned tensor: masked, element by element.
-    done = whole * BLOCK
-    if done < count:
-        tail_lane = tl.arange(0, TAIL)
-        w_tail = tl.zeros([TAIL], tl.float32)
-        g_tail = tl.zeros([TAIL], tl.float32)
-        d_tail = tl.zeros([TAIL], tl.float32)
-        w_any = pointer_to(tl.load(row + W_AT), W_DT, 1, EMULATE_BF16)
-        if G_DT is not None:
-            g_any = pointer_to(tl.load(row + G_AT), G_DT, 1, EMULATE_BF16)
-        while done < count:
-            mask = done + tail_lane < count
-            first = start + done
-            w = widen(tl.load(w_any + first + tail_lane, mask=mask, other=0), W_DT, EMULATE_BF16)
-            g = w * 0
-            if G_DT is not None:
-                g = widen(
-                    tl.load(g_any + first + tail_lane, mask=mask, other=0), G_DT, EMULATE_BF16
-                )
-            d = (g * factor + decay * w) * d_unit
-            w = w * w_unit
-            g = g * factor * g_unit
-            w_tail += w * w
-            g_tail += g * g
-            d_tail += d * d
-            done += TAIL
-        w_sum += tl.sum(w_tail)
-        g_sum += tl.sum(g_tail)
-        d_sum += tl.sum(d_tail)
-    return w_sum, g_sum, d_sum
+        done += THREADS
+    return tl.sum(w_sum), tl.sum(g_sum), tl.sum(d_sum)
 
 
 @triton.jit
@@ -103,8 +107,8 @@ def _in_plain_units(total, unit):
 
 @triton.jit
 def chunk_square_sums(
-    row, start, count, whole, factor, decay,
-    BLOCK: tl.constexpr, TAIL: tl.constexpr, W_DT: tl.constexpr, G_DT: tl.constexpr,
+    w_address, g_address, start, count, whole, factor, decay,
+    BLOCK: tl.constexpr, THREADS: tl.constexpr, W_DT: tl.constexpr, G_DT: tl.constexpr,
     W_ALIGN: tl.constexpr, G_ALIGN: tl.constexpr, EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
     """Float64 sums of w², (s·g)² and d² over one chunk, right over the whole range of fp32.
@@ -121,13 +125,15 @@ def chunk_square_sums(
     tries = tl.full([], 0, tl.int32)
     while tries < 2:
         w_sum, g_sum, d_sum = _sum_squares(
-            row, start, count, whole, factor, decay, w_unit, g_unit, d_unit,
-            BLOCK, TAIL, W_DT, G_DT, W_ALIGN, G_ALIGN, EMULATE_BF16,
+            w_address, g_address, start, count, whole, factor, decay, w_unit, g_unit, d_unit,
+            BLOCK, THREADS, W_DT, G_DT, W_ALIGN, G_ALIGN, EMULATE_BF16,
         )  # fmt: skip
         w2 = _in_plain_units(w_sum, w_unit)
         g2 = _in_plain_units(g_sum, g_unit)
         d2 = _in_plain_units(d_sum, d_unit)
-        fits = _in_range(w_sum) & _in_range(g_sum) & _in_range(d_sum)
+        fits = _in_range(w_sum)
+        if G_DT is not None:  # without g there are no other sums
+            fits = fits & _in_range(g_sum) & _in_range(d_sum)
         w_unit = _rescue_unit(w_sum)
         g_unit = _rescue_unit(g_sum)
         d_unit = _rescue_unit(d_sum)

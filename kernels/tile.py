@@ -200,9 +200,25 @@ def _apply(w, g, v, factor, decay, gain_unit, gain, momentum, keep, nesterov, ou
 
 
 @triton.jit
+def update_rule(options, row, epoch):
+    """What an update needs besides ratio and γ: μ, 1-τ (1 on the first step), β, nesterov, inside.
+
+    `inside`: γ is within the momentum buffer.
+    """
+    momentum = tl.load(options + MOMENTUM)
+    fresh = ((tl.load(row + FLAGS) & FRESH) != 0) & (epoch == 1)
+    keep = tl.where(fresh | (momentum == 0), 1.0, tl.load(options + KEEP)).to(tl.float32)
+    decay = tl.load(options + DECAY).to(tl.float32)
+    nesterov = tl.load(options + NESTEROV) != 0
+    inside = tl.load(options + LR_IN_MOMENTUM) != 0
+    return momentum.to(tl.float32), keep, decay, nesterov, inside
+
+
+@triton.jit
 def update_chunk(
-    row, start, count, whole, factor, ratio, lr, fresh, options,
-    BLOCK: tl.constexpr, TAIL: tl.constexpr,
+    row, w_address, g_address, start, count, whole, factor, ratio, lr,
+    momentum, keep, decay, nesterov, inside,
+    BLOCK: tl.constexpr, THREADS: tl.constexpr,
     W_DT: tl.constexpr, G_DT: tl.constexpr, V_DT: tl.constexpr, COPY_DT: tl.constexpr,
     W_ALIGN: tl.constexpr, G_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr, COPY_ALIGN: tl.constexpr,
     EVICT: tl.constexpr, EMULATE_BF16: tl.constexpr,
@@ -212,11 +228,7 @@ def update_chunk(
     COPY_DT None: w is the parameter. Otherwise w is its fp32 master, and the parameter is written
     beside it.
     """
-    momentum = tl.load(options + MOMENTUM)
-    keep = tl.where(fresh | (momentum == 0), 1.0, tl.load(options + KEEP)).to(tl.float32)
-    decay = tl.where(ratio < 0, 0.0, tl.load(options + DECAY)).to(tl.float32)
-    nesterov = tl.load(options + NESTEROV) != 0
-    inside = tl.load(options + LR_IN_MOMENTUM) != 0
+    decay = tl.where(ratio < 0, 0.0, decay)
     out = tl.where(inside, 1.0, lr).to(tl.float32)
     gain = tl.abs(ratio) * tl.where(inside, lr, 1.0)
     # Two factors where one fp32 number cannot hold the gain: a unit near its square root, so that
@@ -226,13 +238,12 @@ def update_chunk(
     unit = tl.where(gain > GAIN_HUGE, UNIT_HUGE, unit).to(tl.float32)
     gain *= tl.where(gain > GAIN_HUGE, 1.0 / UNIT_HUGE, back)
     gain = tl.where(gain > FP32_MAX, FP32_MAX, gain).to(tl.float32)
-    momentum = momentum.to(tl.float32)
 
     lane = tl.arange(0, BLOCK)
     v_address = tl.load(row + V_AT)
     has_v = v_address != 0
-    w_at = pointer_to(tl.load(row + W_AT), W_DT, W_ALIGN, EMULATE_BF16)
-    g_at = pointer_to(tl.load(row + G_AT), G_DT, G_ALIGN, EMULATE_BF16)
+    w_at = pointer_to(w_address, W_DT, W_ALIGN, EMULATE_BF16)
+    g_at = pointer_to(g_address, G_DT, G_ALIGN, EMULATE_BF16)
     v_at = pointer_to(v_address, V_DT, V_ALIGN, EMULATE_BF16)
     if COPY_DT is not None:
         copy_at = pointer_to(tl.load(row + COPY_AT), COPY_DT, COPY_ALIGN, EMULATE_BF16)
@@ -254,27 +265,27 @@ def update_chunk(
             tl.store(copy_at + at + lane, narrow(w, COPY_DT, EMULATE_BF16), eviction_policy=EVICT)
         block += 1
 
-    w_any = pointer_to(tl.load(row + W_AT), W_DT, 1, EMULATE_BF16)
-    g_any = pointer_to(tl.load(row + G_AT), G_DT, 1, EMULATE_BF16)
+    w_any = pointer_to(w_address, W_DT, 1, EMULATE_BF16)
+    g_any = pointer_to(g_address, G_DT, 1, EMULATE_BF16)
     v_any = pointer_to(v_address, V_DT, 1, EMULATE_BF16)
     if COPY_DT is not None:
         copy_any = pointer_to(tl.load(row + COPY_AT), COPY_DT, 1, EMULATE_BF16)
-    tail_lane = tl.arange(0, TAIL)
+    thread = tl.arange(0, THREADS)
     done = whole * BLOCK
     while done < count:
-        mask = done + tail_lane < count
+        mask = done + thread < count
         at = start + done
-        w = tl.load(w_any + at + tail_lane, mask=mask, other=0)
-        g = tl.load(g_any + at + tail_lane, mask=mask, other=0)
-        v = tl.load(v_any + at + tail_lane, mask=mask & has_v, other=0)
+        w = tl.load(w_any + at + thread, mask=mask, other=0)
+        g = tl.load(g_any + at + thread, mask=mask, other=0)
+        v = tl.load(v_any + at + thread, mask=mask & has_v, other=0)
         w, v = _apply(
             widen(w, W_DT, EMULATE_BF16), widen(g, G_DT, EMULATE_BF16),
             widen(v, V_DT, EMULATE_BF16),
             factor, decay, unit, gain, momentum, keep, nesterov, out,
         )  # fmt: skip
         new_v = narrow(v, V_DT, EMULATE_BF16)
-        tl.store(w_any + at + tail_lane, narrow(w, W_DT, EMULATE_BF16), mask=mask)
-        tl.store(v_any + at + tail_lane, new_v, mask=mask & has_v)
+        tl.store(w_any + at + thread, narrow(w, W_DT, EMULATE_BF16), mask=mask)
+        tl.store(v_any + at + thread, new_v, mask=mask & has_v)
         if COPY_DT is not None:
-            tl.store(copy_any + at + tail_lane, narrow(w, COPY_DT, EMULATE_BF16), mask=mask)
-        done += TAIL
+            tl.store(copy_any + at + thread, narrow(w, COPY_DT, EMULATE_BF16), mask=mask)
+        done += THREADS

@@ -10,9 +10,9 @@ class Row(NamedTuple):
     """Elements of a work item."""
     block: int
     """Elements that a program handles at a time; divides `chunk`."""
-    tail: int
-    """Elements at a time where access is element by element: one a thread, so that loads and
-    stores share a layout."""
+    threads: int
+    """Threads of a program, num_warps of them: elements at a time where access is element by
+    element, and partial sums of a chunk. Divides `block`."""
     lanes: int
     """Partial sums that the last program of a tensor adds at a time."""
     num_warps: int
@@ -27,9 +27,11 @@ class Row(NamedTuple):
     """Poll with an atomic read instead of a volatile load."""
     launches: int
     """1: norms and updates in one launch; 2: norms, then updates."""
-    max_registers: int | None
-    """Registers that the compiler may take in `lars_step` and `l2norm`. Left alone, ptxas aims for
-    64 and spills a few bytes; None leaves it alone."""
+    step_registers: int | None
+    """Registers a thread that the compiler may take in `lars_step`. Left alone (None), ptxas aims
+    for 64 or 80 and spills a few bytes."""
+    update_registers: int | None
+    """Likewise in `lars_update`. `l2norm` is left alone."""
     record: str
     """What chose these numbers."""
 
@@ -41,12 +43,12 @@ WINDOW_SHARE = 0.47
 
 ROWS = {
     # The longest prefix of an architecture's name wins.
-    "sm": Row(4096, 1024, 128, 128, 4, 4, None, "evict_first", False, 1, 80, _PREDICTED),
+    "sm": Row(4096, 2048, 128, 128, 4, 4, None, "evict_first", False, 1, 96, 64, _PREDICTED),
     # Spinning in a loop has known compiler bugs on AMD (README, "Two launches").
-    "gfx": Row(4096, 2048, 256, 128, 4, 4, None, "", True, 2, None, _PREDICTED),
+    "gfx": Row(4096, 2048, 256, 128, 4, 4, None, "", True, 2, None, None, _PREDICTED),
     # The interpreter's cost is per operation: few, large blocks. Three programs: more than one.
     "interpreter": Row(
-        8192, 4096, 1024, 256, 4, 3, 1_000_000, "", False, 1, None, "test time on a CPU"
+        8192, 4096, 1024, 256, 4, 3, 1_000_000, "", False, 1, None, None, "test time on a CPU"
     ),
 }
 
@@ -54,9 +56,9 @@ ROWS = {
 def compile_options(kernel: str, row: Row) -> dict[str, int]:
     """Triton's compile options for a kernel."""
     options = {"num_warps": row.num_warps}
-    # lars_update alone takes fewer registers when it is left alone.
-    if row.max_registers is not None and kernel != "lars_update":
-        options["maxnreg"] = row.max_registers
+    cap = {"lars_step": row.step_registers, "lars_update": row.update_registers}.get(kernel)
+    if cap is not None:
+        options["maxnreg"] = cap
     return options
 
 

@@ -73,14 +73,14 @@ def architecture(device: torch.device) -> tuple[str, int, int]:
     return name, properties.multi_processor_count, properties.L2_cache_size
 
 
-def alignments(dtypes: Dtypes, kernel: str) -> dict[str, int]:
-    """Bytes of alignment promised to the compiler for each operand of a kernel.
+def alignments(dtypes: Dtypes) -> dict[str, int]:
+    """Bytes of alignment promised to the compiler for each operand.
 
     128-bit accesses, but 64-bit ones for a 2-byte operand beside an fp32 one: both then hold four
-    elements a thread and share one layout, with no conversion through shared memory.
+    elements a thread and share one layout, with no conversion through shared memory. The same for
+    every kernel, so that each adds up the squares in one order.
     """
-    together = dtypes[:2] if kernel == "l2norm" else dtypes
-    wide = torch.float32 in together
+    wide = torch.float32 in (dtypes[:1] if dtypes.g is None else dtypes)
     return {
         f"{name}_ALIGN": 8 if wide and dtype is not None and dtype.itemsize < 4 else 16
         for name, dtype in zip(("W", "G", "V", "COPY"), dtypes, strict=True)
@@ -95,13 +95,13 @@ def constants(dtypes: Dtypes, row: Any, kernel: str, emulate_bf16: bool) -> dict
     everything = {
         "CHUNK": row.chunk,
         "BLOCK": row.block,
-        "TAIL": row.tail,
+        "THREADS": row.threads,
         "LANES": row.lanes,
         "W_DT": names[dtypes.w],
         "G_DT": None if dtypes.g is None else names[dtypes.g],
         "V_DT": names[dtypes.v],
         "COPY_DT": None if dtypes.copy is None else names[dtypes.copy],
-        **alignments(dtypes, kernel),
+        **alignments(dtypes),
         "EVICT": row.evict,
         "POLL_ATOMIC": row.poll_atomic,
         "EMULATE_BF16": emulate_bf16,

@@ -65,11 +65,11 @@ def small_row(monkeypatch: pytest.MonkeyPatch, device: str, **changes: Any) -> A
     """The launch constants of `device`; under the interpreter small, so that cases are small."""
     if launch.why_not(torch.device(device)) is None:
         tuning = launch.kernels().tuning
-        small = {"chunk": 64, "block": 32, "tail": 16, "lanes": 4, "window": 1024} | changes
+        small = {"chunk": 64, "block": 32, "threads": 16, "lanes": 4, "window": 1024} | changes
         row = tuning.ROWS["interpreter"]._replace(**small)
         monkeypatch.setitem(tuning.ROWS, "interpreter", row)
         return tuning.row_for(launch.architecture(torch.device(device))[0])
-    return Sizes(**{"chunk": 64, "block": 32, "tail": 16} | changes)
+    return Sizes(**{"chunk": 64, "block": 32, "threads": 16} | changes)
 
 
 @dataclass
@@ -78,7 +78,7 @@ class Sizes:
 
     chunk: int
     block: int
-    tail: int
+    threads: int
     programs: int = 3
     lanes: int = 4
     window: int = 1024
@@ -86,8 +86,11 @@ class Sizes:
 
 def regimes(row: Any) -> list[Spec]:
     """Every layout that the kernels take, around every size where their loops change."""
-    chunk, block, tail = row.chunk, row.block, row.tail
-    edges = {s + d for s in (tail, block, chunk) for d in (-1, 0, 1)} | {2 * chunk, 3 * chunk + 1}
+    chunk, block, threads = row.chunk, row.block, row.threads
+    edges = {s + d for s in (threads, block, chunk) for d in (-1, 0, 1)} | {
+        2 * chunk,
+        3 * chunk + 1,
+    }
     return [
         Spec("empty", (0,)),
         Spec("empty 2-d", (3, 0)),

@@ -320,7 +320,7 @@ def test_counts_from_the_profiler():
 
 
 def test_tuning_finds_the_best_and_leaves_no_trace(tmp_path, monkeypatch):
-    present = tune.Candidate(4096, 1024, 4, 4, 0.47, "evict_first", "grouped")
+    present = tune.Candidate(4096, 2048, 4, 96, 4, 0.47, "evict_first", "grouped")
     best = present._replace(chunk=8192, programs=3, order="sliding")
 
     def times(candidate):

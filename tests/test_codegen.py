@@ -22,13 +22,13 @@ ALL = [(spec, target) for target in TARGETS for spec in codegen.specialisations(
 
 # Registers a thread, on NVIDIA and on AMD: the most that any case took with triton 3.6.0 or 3.7.1
 # (bench/results/codegen), rounded up to the 8 that hardware allocates at a time.
-REGISTERS = {"lars_step": (80, 128), "lars_update": (48, 80), "l2norm": (80, 96)}
+REGISTERS = {"lars_step": (96, 96), "lars_update": (64, 80), "l2norm": (56, 64)}
 # Bytes. 8: the one 64-bit word that a drawn ticket is handed round in. 32: one float64 a warp, to
 # add up the partial sums of four warps.
 SHARED = {"lars_step": 32, "lars_update": 8, "l2norm": 32}
 # AMD only: scalar registers kept in lanes of a vector register. Costs moves, not memory. The ticket
 # kernel is not what runs on AMD (tuning: two launches), so that only its growth is of interest.
-SCALAR_SPILLS = {"lars_step": 8, "lars_update": 0, "l2norm": 0}
+SCALAR_SPILLS = {"lars_step": 11, "lars_update": 0, "l2norm": 0}
 
 
 @pytest.fixture(scope="module", params=ALL, ids=lambda p: f"{p[1]}-{p[0].name}-{p[0].case}")
@@ -59,6 +59,8 @@ def fast_blocks(spec: Spec, threads: int) -> list[Counter]:
     """
     types = dtypes(spec)
     widest = max(dtype.primitive_bitwidth for dtype in types.values())
+    if spec.case.endswith("beside fp32"):  # norms for an update of fp32 momentum or master weights
+        widest = 32
 
     def block(loaded: str, stored: str) -> Counter:
         count: Counter = Counter()
@@ -97,10 +99,34 @@ def test_as_many_programs_fit_a_multiprocessor_as_tuning_launches(row: Row) -> N
     assert row.resident >= row_for(row.target).programs
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_row_names_as_many_threads_as_its_warps_have(target: str) -> None:
+    # One accumulator a thread, and one element a thread in tails: with any other number both work,
+    # but move data between threads.
+    row = row_for(target)
+    assert row.threads == row.num_warps * TARGETS[target].warp_size
+    assert row.chunk % row.block == row.block % row.threads == 0
+
+
 def test_no_value_changes_its_layout(made: Build) -> None:
     # A conversion goes through shared memory with barriers around it. No part of any kernel needs
-    # one, the tail and the reductions included.
-    assert "ttg.convert_layout" not in made.ttgir
+    # one, the tail and the reductions included. Between two names of one layout nothing moves.
+    text = re.sub(r" loc\(.*", "", made.ttgir)
+    for line in re.findall(r"ttg\.convert_layout .*", text):
+        before, after = re.findall(r"tensor<\w+, (#.*?)>(?= ->|$)", line)
+        assert plain_layout(before, text) == plain_layout(after, text), line
+
+
+def plain_layout(name: str, text: str) -> list[list[int]]:
+    """Elements a thread, threads a warp and warps along each axis, the sliced axes left out."""
+    if found := re.match(r"#ttg\.slice<\{dim = (\d+), parent = (.*)\}>$", name):
+        return [axes[: int(found[1])] + axes[int(found[1]) + 1 :]
+                for axes in plain_layout(found[2], text)]  # fmt: skip
+    layout = re.search(rf"^{name} = #ttg\.blocked<(.*)>", text, re.M)
+    assert layout, f"{name} is not a blocked layout"
+    axes = dict(re.findall(r"(\w+) = \[([\d, ]+)\]", layout[1]))
+    names = ("sizePerThread", "threadsPerWarp", "warpsPerCTA")
+    return [[int(x) for x in axes[n].split(",")] for n in names]
 
 
 def test_whole_blocks_are_moved_by_wide_accesses_alone(made: Build) -> None:
@@ -210,6 +236,33 @@ def test_the_poll_survives_in_a_loop(spec: Spec, target: str) -> None:
     atomic = values(spec)["POLL_ATOMIC"]
     form = "coherent" if target == "gfx942" else "relaxed" if atomic else "volatile"
     assert form in measure(build(spec, target)).poll.split("+")
+
+
+@pytest.mark.parametrize(
+    ("spec", "target"),
+    [(s, t) for s, t in POLLED if t in NVIDIA],
+    ids=[f"{t}-{s.case}" for s, t in POLLED if t in NVIDIA],
+)
+def test_the_next_ticket_is_awaited_only_after_the_data_was_asked_for(
+    spec: Spec, target: str
+) -> None:
+    """Its register is first read in a later block than the loop that loads w and g.
+
+    A scalar atomic, or one that ptxas merges over a warp, is read at once: every item would then
+    begin with a round trip to the counter.
+    """
+    made = build(spec, target)
+    blocks = [b.lines for b in control_flow(made.machine)]
+    drawn = [(n, i) for n, b in enumerate(blocks) for i, x in enumerate(b) if "ATOMG.E.ADD.64" in x]
+    assert len(drawn) == 2  # the first of a program, and the one drawn ahead
+    at, line = drawn[1]
+    answer = int(re.search(r"PT, R(\d+),", blocks[at][line])[1])
+    used = re.compile(rf"\b(R{answer}|R{answer + 1})\b")
+    assert not any(used.search(x) for x in blocks[at][line + 1 :])
+    first_use = next(n for n, b in enumerate(blocks) if n > at and any(map(used.search, b)))
+    loop = loops(made)[0]
+    assert is_wide(codegen.widths(loop))
+    assert at < blocks.index(loop) < first_use
 
 
 def test_every_ordered_atomic_of_the_protocol_is_there(made: Build) -> None:

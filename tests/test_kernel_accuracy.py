@@ -40,7 +40,7 @@ def a_few(row):
         Spec("one element", (1,)),
         Spec("within a block", (3, 5)),
         Spec("one chunk", (row.chunk,)),
-        Spec("several chunks and a tail", (2 * row.chunk + row.block + row.tail + 3,)),
+        Spec("several chunks and a tail", (2 * row.chunk + row.block + row.threads + 3,)),
         Spec("misaligned", (row.chunk + 3,), 1, 3),
     ]
 
@@ -90,7 +90,9 @@ def test_every_option_in_one_launch(row, launches, backend, device):
     """
     names = list(OPTIONS)
     specs = [
-        Spec(f"{name}: {n} elements", (n,)) for n in (9, row.chunk + row.tail + 1) for name in names
+        Spec(f"{name}: {n} elements", (n,))
+        for n in (9, row.chunk + row.threads + 1)
+        for name in names
     ]
     trial = Trial(
         specs, backend, device, groups=list(OPTIONS.values()), group_of=lambda i: i % len(names),
@@ -164,7 +166,7 @@ def test_many_tiny_tensors(row, backend, device, count):
 
 def test_a_tensor_of_hundreds_of_chunks(monkeypatch, backend, device):
     """More chunks than the last program adds at a time, and more than the window holds."""
-    row = small_row(monkeypatch, device, chunk=16, block=8, tail=4, lanes=32, window=16 * 8 * 10)
+    row = small_row(monkeypatch, device, chunk=16, block=8, threads=4, lanes=32, window=16 * 8 * 10)
     trial = Trial([Spec("long", (200 * row.chunk + 5,)), Spec("short", (3,))], backend, device)
     trial.step()
     trial.check()

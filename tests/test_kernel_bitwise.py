@@ -21,7 +21,7 @@ def sizes(row):
     """Tensors of one chunk and of several, some of them too long for the window."""
     numels = [
         1,
-        row.tail,
+        row.threads,
         row.block + 1,
         row.chunk,
         row.chunk + 1,

@@ -73,7 +73,7 @@ def test_resnet50_is_one_launch_a_step(launched):
 
 def test_a_narrow_resnet50_is_right_in_one_launch(launched, monkeypatch):
     """All 161 tensors at a sixteenth of their widths, against the float64 reference."""
-    small_row(monkeypatch, "cpu", chunk=2048, block=1024, tail=64, window=1 << 16)
+    small_row(monkeypatch, "cpu", chunk=2048, block=1024, threads=64, window=1 << 16)
     specs = [Spec(name, tuple(n // 16 if n > 15 else n for n in shape)) for name, shape in SHAPES]
     trial = Trial(
         specs, "triton", groups=[{}, OPTIONS["not adapted"] | {"weight_decay": 0.0}],

@@ -176,3 +176,30 @@ def test_a_bad_max_norm(backend, device, max_norm):
     with pytest.raises(ValueError, match=r"max_norm=.* is not allowed; must be a number >= 0"):
         clip_grad_norm_(params, max_norm, backend=backend)
     assert bits([p.grad for p in params[:3]]) == before
+
+
+def test_ordinary_chunks_are_summed_once(monkeypatch, tier, device):
+    """The second pass, in other units, is for sums beyond fp32's range and for all zeros."""
+    if tier != "interpret":
+        pytest.skip("counts calls within the kernels, which only the interpreter makes")
+    from lars_fused.kernels import sums
+
+    calls = []
+    real = sums._sum_squares
+
+    def counted(*args):
+        calls.append(1)
+        return real(*args)
+
+    monkeypatch.setitem(sums.chunk_square_sums.fn.__globals__, "_sum_squares", counted)
+    ordinary = torch.randn(100, device=device)
+
+    def passes(*tensors):
+        calls.clear()
+        multi_tensor_l2norm(list(tensors), backend="triton")
+        return len(calls)
+
+    assert passes(ordinary) == 1
+    assert passes(ordinary, ordinary * 1e-3, ordinary * 1e3) == 3
+    assert passes(ordinary * 1e25) == passes(ordinary * 1e-25) == 2
+    assert passes(torch.zeros(100, device=device)) == 2

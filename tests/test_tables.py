@@ -123,7 +123,7 @@ def test_elements_beyond_two_to_the_31(monkeypatch, launches):
     (and never filled), so that the test fails instead of crashing.
     """
     chunk, tail = 1 << 20, 100
-    row = small_row(monkeypatch, "cpu", chunk=chunk, block=1 << 16, tail=128)
+    row = small_row(monkeypatch, "cpu", chunk=chunk, block=1 << 16, threads=128)
     numel, device = (1 << 31) + tail, torch.device("cpu")
     private_anonymous_unreserved = 0x02 | 0x20 | 0x4000
     pages = mmap.mmap(-1, (9 << 30), flags=private_anonymous_unreserved)

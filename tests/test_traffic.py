@@ -134,8 +134,8 @@ def test_time_is_bounded_by_bytes_and_latency():
     )
     # Norms from DRAM, updates from L2 (12 bytes read), then 8 dirty bytes back to DRAM.
     by_hand = numel * (8 / 4.3e6 + 12 / 9.7e6 + 8 / 4.3e6)
-    assert by_hand < fast.us < by_hand + 3 * (2.5 + 1 + 2 * 0.75)
-    assert slow.us > 2000 * (2.5 + 2 * 0.75), "one program pays each item's latency in full"
+    assert by_hand < fast.us < by_hand + 3 * (1.2 + 1 + 2 * 0.75)
+    assert slow.us > 2000 * (1.2 + 2 * 0.75), "one program pays each item's latency in full"
 
 
 @pytest.mark.parametrize(

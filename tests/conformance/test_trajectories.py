@@ -110,7 +110,7 @@ def test_a_run_is_that_of_the_original(name, backend, device, tier, monkeypatch)
 def small_chunks(monkeypatch):
     from lars_fused.kernels import tuning
 
-    row = tuning.ROWS["interpreter"]._replace(chunk=256, block=128)
+    row = tuning.ROWS["interpreter"]._replace(chunk=256, block=128, threads=64)
     monkeypatch.setitem(tuning.ROWS, "interpreter", row)
 
 

@@ -15,5 +15,5 @@ def small_chunks(monkeypatch, tier):
     if tier == "interpret":
         from lars_fused.kernels import tuning
 
-        row = tuning.ROWS["interpreter"]._replace(chunk=256, block=128, window=4096)
+        row = tuning.ROWS["interpreter"]._replace(chunk=256, block=128, threads=32, window=4096)
         monkeypatch.setitem(tuning.ROWS, "interpreter", row)

@@ -335,7 +335,7 @@ def test_row_58_block_sizes_change_only_the_rounding(tier, backend, device, monk
 
     results = []
     for chunk, block in ((256, 128), (1024, 256)):
-        row = tuning.ROWS["interpreter"]._replace(chunk=chunk, block=block)
+        row = tuning.ROWS["interpreter"]._replace(chunk=chunk, block=block, threads=block // 2)
         monkeypatch.setitem(tuning.ROWS, "interpreter", row)
         ((params, optimizer),) = twins([(700,)], device, backend, count=1, **STRONG)
         run(optimizer, params, 2)
