@@ -141,7 +141,12 @@ def main(folder: Path, seconds: float) -> int:
     for name in ORDER:
         case = model_case(MODELS[0])
         facts = {"n_tensors": len(case.shapes), "n_params": case.n_params}
-        for unit, value in zip(COUNTS, count(_ready(MODELS[0], name)), strict=True):
+        counted = count(_ready(MODELS[0], name))
+        if counted[0] == 0:
+            recorder.note(absent={f"{COUNTS[0]}, {name}": "the profiler saw no kernel"})
+            print(f"{MODELS[0]}, {name}: not measured, the profiler saw no kernel")
+            continue
+        for unit, value in zip(COUNTS, counted, strict=True):
             recorder.add(MODELS[0], name, [value], **facts, unit=unit)
             print(f"{MODELS[0]}, {name}: {value:g} {unit}", flush=True)
     try:

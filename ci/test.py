@@ -78,8 +78,10 @@ def tier_job(tier: str, reports: Path, args: argparse.Namespace, workers: int) -
     report = reports / f"{tier}.xml"
     command = [sys.executable, "-m", "pytest", "-m", marks, f"--junitxml={report}"]
     command += ["-q", "--durations=5", "-p", "no:cacheprovider"]
-    if workers > 1 and tier != "gpu" and find_spec("xdist"):
-        command += ["-n", str(workers)]
+    if workers > 1 and find_spec("xdist"):
+        # One GPU: a few processes, and the tests that fill its memory in one of them.
+        some = ["-n", str(min(workers, 4)), "--dist", "loadfile"]
+        command += some if tier == "gpu" else ["-n", str(workers)]
     return Job(tier, [*command, *args.pytest], env, report)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
 from functools import partial
 
@@ -12,6 +13,8 @@ from . import checks, launch, portable, sharding, tables
 from .reference import Options
 
 _NORM_OPTIONS = Options(weight_decay=0.0)
+_KEPT_LISTS = 8
+_kept = threading.local()  # two threads may ask for the norms of the same shapes at once
 
 
 def multi_tensor_l2norm(
@@ -25,7 +28,8 @@ def multi_tensor_l2norm(
     Args:
         tensors: floating-point tensors of any shape and strides.
         per_tensor: True for one norm a tensor, False for the norm of all of them together.
-        backend: "auto", "triton" or "torch", as for `LARS`.
+        backend: "auto", "triton" or "torch", as for `LARS`. While a CUDA graph is captured the
+            portable path runs.
 
     Returns:
         float64 on the first tensor's device (float32 on MPS): shape [len(tensors)], or [] with
@@ -56,7 +60,7 @@ def _squares(tensors: list[Tensor], backend: str) -> Tensor:
     found: list[Tensor | None] = [None] * len(tensors)
     taken: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, t in enumerate(tensors):
-        reason = "forced" if backend == "torch" else launch.why_not(t.device)
+        reason = "forced" if backend == "torch" else _why_not(t.device)
         if reason is None and t.dtype not in checks.STORAGE_DTYPES:
             reason = f"it is {t.dtype}; the kernels take float32, float16 and bfloat16"
         if reason is None and not checks.dense(t):
@@ -70,24 +74,40 @@ def _squares(tensors: list[Tensor], backend: str) -> Tensor:
         else:
             found[i] = portable.squared_norm(t).to(home)
     for (device, dtype), index in taken.items():
-        dtypes = launch.Dtypes(dtype, None, torch.float32)
-        n = len(index)
-        work = tables.Work(
-            device,
-            dtypes,
-            [tensors[i].numel() for i in index],
-            [False] * n,
-            [0] * n,
-            [False] * n,
-            1,
-        )
-        row, address = tables.group_row(_NORM_OPTIONS, device)
-        work.set_groups([row], [address])
-        work.point([tensors[i].data_ptr() for i in index], [0] * n, [0] * n, [0] * n)
-        work.norms()
-        for i, square in zip(index, work.sums[:, 0].to(home), strict=True):
+        sums = _sums_of_squares(device, dtype, [tensors[i] for i in index])
+        if len(index) == len(tensors):
+            return sums
+        for i, square in zip(index, sums.to(home), strict=True):
             found[i] = square
     return torch.stack([f for f in found if f is not None])
+
+
+def _why_not(device: torch.device) -> str | None:
+    if launch.capturing(device):
+        return "a CUDA graph is being captured, for which no tables are kept; use backend='torch'"
+    return launch.why_not(device)
+
+
+def _sums_of_squares(device: torch.device, dtype: torch.dtype, tensors: list[Tensor]) -> Tensor:
+    """One launch. The tables of the last few lists of shapes are kept: gradients come again."""
+    numels = tuple(t.numel() for t in tensors)
+    row = launch.kernels().tuning.row_for(launch.architecture(device)[0])
+    works = _kept.__dict__.setdefault("works", {})
+    # Taken out while it is at work: what an exception leaves behind is not used again.
+    work = works.pop((device, dtype, numels, row), None)
+    n = len(tensors)
+    if work is None:
+        dtypes = launch.Dtypes(dtype, None, torch.float32)
+        work = tables.Work(device, dtypes, numels, [False] * n, [0] * n, [False] * n, 1)
+        options, address = tables.group_row(_NORM_OPTIONS, device)
+        work.set_groups([options], [address])
+    work.point([t.data_ptr() for t in tensors], [0] * n, [0] * n, [0] * n)
+    work.norms()
+    sums: Tensor = work.sums[:, 0].clone()
+    while len(works) >= _KEPT_LISTS:
+        works.pop(next(iter(works)))
+    works[device, dtype, numels, row] = work
+    return sums
 
 
 @torch.no_grad()

@@ -15,9 +15,15 @@ from torch import Tensor
 from . import reference
 
 
-def pieces(tensors: Sequence[Tensor | None], size: int) -> Iterator[list[Any]]:
-    """Equal views of same-shaped tensors, each of at most `size` elements (or one row)."""
-    shape = next(t.shape for t in tensors if t is not None)
+def pieces(tensors: Sequence[Tensor | None], size: int | None) -> Iterator[list[Any]]:
+    """Equal views of same-shaped tensors, each of at most `size` elements (or one row).
+
+    None: what stays in a CPU's cache, or is worth a launch on any other device.
+    """
+    first = next(t for t in tensors if t is not None)
+    shape = first.shape
+    if size is None:
+        size = 1 << 13 if first.device.type == "cpu" else 1 << 20
     if shape.numel() <= size:
         yield list(tensors)
         return
@@ -31,7 +37,7 @@ def pieces(tensors: Sequence[Tensor | None], size: int) -> Iterator[list[Any]]:
 def step_(
     weights: Sequence[Tensor], grads: Sequence[Tensor], buffers: Sequence[Tensor | None],
     copies: Sequence[Tensor | None], options: Sequence[reference.Options], first: Sequence[bool],
-    scale: Any = 1.0, sums: Tensor | None = None, size: int = 1 << 13,
+    scale: Any = 1.0, sums: Tensor | None = None, size: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One step of a list of tensors; gives their sums and trust ratios."""
     sums = square_sums_of(weights, grads, options, scale, size) if sums is None else sums
@@ -53,7 +59,7 @@ def step_(
 
 def square_sums_of(
     weights: Sequence[Tensor], grads: Sequence[Tensor], options: Sequence[reference.Options],
-    scale: Any = 1.0, size: int = 1 << 13,
+    scale: Any = 1.0, size: int | None = None,
 ) -> Tensor:  # fmt: skip
     """`reference.square_sums` of every tensor, one row each, added up piece by piece."""
     # MPS has no float64.
@@ -67,7 +73,7 @@ def square_sums_of(
     return torch.stack(rows)
 
 
-def squared_norm(t: Tensor, size: int = 1 << 13) -> Tensor:
+def squared_norm(t: Tensor, size: int | None = None) -> Tensor:
     """N(t)² of one tensor."""
     wide = torch.float32 if t.device.type == "mps" else torch.float64
     parts = [torch.linalg.vector_norm(t_, dtype=wide) for (t_,) in pieces([t], size)]

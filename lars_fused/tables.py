@@ -89,7 +89,7 @@ class Work:
 
         on: dict[str, Any] = {"device": device}
         self.items = self.plan.items if device.type == "cpu" else self._upload_new(self.plan.items)
-        self.tensors = self._host if device.type == "cpu" else self._host.to(device, copy=True)
+        self.tensors = self._host if device.type == "cpu" else self._upload_new(self._host)
         self.groups = (
             self._host_groups if device.type == "cpu" else torch.empty_like(self._host_groups, **on)
         )

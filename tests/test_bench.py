@@ -444,3 +444,34 @@ def test_gpu_script_names_its_parts(tmp_path):
     )
     assert done.returncode == 2, done.stderr
     assert "tests, bench, profile and tune" in done.stderr
+
+
+def test_the_tuner_times_every_candidate_beside_the_row(monkeypatch, tmp_path):
+    """The whole search on a CPU, launches stubbed: only the times are made up."""
+    pytest.importorskip("triton")
+    tuning = launch.kernels().tuning
+    monkeypatch.setattr(launch, "why_not", lambda device: None)
+    monkeypatch.setattr(tune, "disagreement", lambda variant, truth: variant.step() or 0.0)
+    # As on a GPU: the window is a share of the L2.
+    row = tuning.ROWS["interpreter"]._replace(window=None)
+    monkeypatch.setitem(tuning.ROWS, "interpreter", row)
+    timed = []
+
+    def ready(variant):
+        timed.append(variant)
+        return lambda: 1.0 + len(timed) % 3
+
+    small = cases.Case("ResNet-50", "fp32", [("layer", (3000, 2)), ("bias", (5,))])
+    with stubbed_launches():
+        tuner = tune.Tuner(torch.device("cpu"), [small], SimpleNamespace(ready=ready))
+        present = tuner.present
+        assert present.window == tuning.WINDOW_SHARE
+        assert tune.row_of(present, row, tuner.l2)._replace(window=None) == row
+        ratio, found = tuner.times(present._replace(num_warps=8, programs=2), rounds=2)
+        results = tune.search(tuner, Budget(1.0))
+    assert ratio > 0
+    assert set(found) == {"ResNet-50", "ResNet-50, present row"}
+    assert any(c != present for _, c, _ in results)
+    assert all(math.isfinite(r) for r, _, _ in results)
+    tune.write(tmp_path / "tune.csv", results)
+    assert "registers" in (tmp_path / "tune.csv").read_text().splitlines()[0]

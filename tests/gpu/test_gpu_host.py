@@ -6,7 +6,7 @@ import pytest
 import torch
 from contract.tools import STRONG, copies, make_params, run, same_bits, set_grads, twins
 
-from lars_fused import LARS, launch
+from lars_fused import LARS, clip_grad_norm_, launch
 
 pytestmark = pytest.mark.gpu
 
@@ -36,6 +36,39 @@ def test_a_step_never_waits_for_the_device(scaled, lr):
             optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_first_step_does_not_wait_either():
+    params = make_params(SHAPES, device="cuda")
+    optimizer = LARS(params, **STRONG, backend="triton")
+    set_grads(params)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+        norm = clip_grad_norm_(params, 1.0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert norm > 0
+
+
+def test_norms_within_a_capture_take_the_portable_path():
+    params = make_params(SHAPES, device="cuda")
+    set_grads(params)
+    clip_grad_norm_(params, 1e9)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        norm = clip_grad_norm_(params, 1e9)
+    graph.replay()
+    true = torch.stack([p.grad.double().square().sum() for p in params]).sum().sqrt()
+    torch.testing.assert_close(norm, true, rtol=1e-6, atol=0)
+    with (
+        pytest.raises(RuntimeError, match=r"is being captured.*backend='torch'"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        clip_grad_norm_(params, 1e9, backend="triton")
+    torch.cuda.synchronize()
 
 
 def test_no_step_compiles_again():
