@@ -34,7 +34,7 @@ demo-ddp: $(ready) ## train with DDP on two local processes; ARGS="..." is passe
 	OMP_NUM_THREADS=1 PYTHONPATH=".$${PYTHONPATH:+:$$PYTHONPATH}" $(run) -m torch.distributed.run \
 		--standalone --nproc-per-node 2 examples/train_ddp.py $(ARGS)
 
-test: $(ready) $(floor_ready) ## lint, types and tests; TIER=lint|cpu|interpret|codegen|floor|gpu for one
+test: $(ready) $(floor_ready) ## lint, types and tests; TIER=lint|cpu|interpret|ptx|codegen|floor|gpu for one
 	$(run) ci/test.py $(TIER) $(if $(floor),--floor $(floor)) $(if $(ARGS),-- $(ARGS))
 
 fuzz: $(ready) ## the slow tests, and the property-based ones with many more examples

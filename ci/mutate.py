@@ -57,7 +57,7 @@ FAULTS = [
     Fault("first step is dampened", "interpret", "options:row_06_every_option_changed", TILE,
           "tl.where(fresh | (momentum == 0), 1.0,", "tl.where(momentum == 0, 1.0,"),
     Fault("tail of a block dropped", "interpret", "tensors:row_10", SUMS,
-          "if done < count:\n        tail_lane", "if done + 1 < count:\n        tail_lane"),
+          "while done < count:", "while done + 1 < count:"),
     Fault("small sums not rescued", "interpret", "magnitudes:row_24", SUMS,
           "SUM_FLOOR = tl.constexpr(2.0**-80)", "SUM_FLOOR = tl.constexpr(-1.0)"),
     Fault("large sums not rescued", "interpret", "magnitudes:row_24", SUMS,
@@ -146,6 +146,14 @@ FAULTS = [
           "torch.tensor(values, dtype=torch.int64)"),
     Fault("a copy keeps what a skipped step made", "interpret", "amp:only_the_device", OPT,
           "self._settle()\n        return super().__getstate__()", "return super().__getstate__()"),
+    Fault("compiled: any address called aligned", "ptx", "kernel_accuracy:regime", TABLES,
+          "tile.NUMEL.value] % 16) == 0", "tile.NUMEL.value] % 4) == 0"),
+    Fault("compiled: every thread draws a ticket", "ptx", "compiled:regime", STEP,
+          "mask=lane == 0, sem", "mask=lane >= 0, sem"),
+    Fault("compiled: tails read past their tensor", "ptx", "compiled:regime", SUMS,
+          "mask = done + thread < count", "mask = done + thread <= count"),
+    Fault("compiled: a part of each block not summed", "ptx", "compiled:regime", SUMS,
+          "THREADS, VECTOR])\n", "THREADS, VECTOR]) * (tl.arange(0, VECTOR) > 0)\n"),
     Fault("plan: no room for slots", "cpu", "plan:every_chunk or boundaries or slots", PLAN,
           "slots[i], n_slots = n_slots, n_slots + c", "slots[i], n_slots = n_slots, n_slots + 1"),
     Fault("plan: updates before norms", "cpu", "plan:every_chunk", PLAN,
@@ -163,7 +171,7 @@ def copy_of_repository(to: Path) -> None:
     ignored = shutil.ignore_patterns(
         ".git", ".venv", "__pycache__", ".hypothesis", ".*_cache", "out", "results", "*.egg-info"
     )
-    for name in ("lars_fused", "kernels", "tests", "pyproject.toml"):
+    for name in ("lars_fused", "kernels", "bench", "tests", "pyproject.toml"):
         source = ROOT / name
         if source.is_dir():
             shutil.copytree(source, to / name, ignore=ignored)

@@ -22,7 +22,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TIERS = ("interpret", "codegen", "floor", "cpu")  # the longest first, so that none starts last
+# The longest first, so that none starts last.
+TIERS = ("interpret", "ptx", "codegen", "floor", "cpu")
 CHOICES = ("all", "lint", "gpu", *TIERS)
 TIME_LIMIT = 1200  # seconds; a kernel that waits for ever must end as a failure
 

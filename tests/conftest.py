@@ -21,7 +21,7 @@ else:
     settings.register_profile("fuzz", deadline=None, max_examples=1000, print_blob=True)
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
-TIERS = {"cpu", "interpret", "codegen", "gpu"}
+TIERS = {"cpu", "interpret", "codegen", "ptx", "gpu"}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 torch.set_num_threads(1)
@@ -33,11 +33,11 @@ if INTERPRETED:
 
 
 def running_tier(config: pytest.Config) -> str:
-    """`interpret`, `gpu`, or `cpu` for everything else."""
+    """`interpret`, `gpu`, `ptx`, or `cpu` for everything else."""
     if INTERPRETED:
         return "interpret"
-    chosen = re.search(r"(?<!not )\bgpu\b", config.getoption("markexpr"))
-    return "gpu" if chosen else "cpu"
+    chosen = re.search(r"(?<!not )\b(gpu|ptx)\b", config.getoption("markexpr"))
+    return chosen[1] if chosen else "cpu"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -62,6 +62,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def machine(pytestconfig: pytest.Config):
+    """In the tier `ptx`, the GPU that is not there."""
+    if running_tier(pytestconfig) != "ptx":
+        yield None
+        return
+    from tests.ptx.driver import pretended_gpu
+
+    with pretended_gpu() as driver:
+        yield driver
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch
 from lars_fused import LARS, lars_step
 from lars_fused import optimizer as optimizer_module
 
-pytestmark = [pytest.mark.cpu, pytest.mark.interpret, pytest.mark.gpu]
+pytestmark = [pytest.mark.cpu, pytest.mark.interpret, pytest.mark.ptx, pytest.mark.gpu]
 
 # The dampening tells a first step from a second one.
 OPTIONS = {"lr": 2.0, "momentum": 0.9, "weight_decay": 0.1, "trust_coefficient": 0.05,

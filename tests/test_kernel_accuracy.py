@@ -14,6 +14,7 @@ from tests.trial import ULPS, Trial, ulp
 pytestmark = [
     pytest.mark.cpu,
     pytest.mark.interpret,
+    pytest.mark.ptx,
     pytest.mark.gpu,
     # numpy, under the interpreter, where a square or a product is to overflow
     pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),

@@ -9,7 +9,7 @@ from lars_fused import LARS, lars_step, launch, tables
 from tests.cases import OPTIONS, TERMS, bits, regimes, small_row
 from tests.trial import Trial
 
-pytestmark = [pytest.mark.interpret, pytest.mark.gpu]
+pytestmark = [pytest.mark.interpret, pytest.mark.ptx, pytest.mark.gpu]
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import torch
 from bench.peers import set_gradient
 from lars_fused import LARS
 
-pytestmark = [pytest.mark.cpu, pytest.mark.interpret, pytest.mark.gpu]
+pytestmark = [pytest.mark.cpu, pytest.mark.interpret, pytest.mark.ptx, pytest.mark.gpu]
 
 LOW = [torch.float16, torch.bfloat16]
 OPTIONS = {"lr": 2.0, "momentum": 0.9, "weight_decay": 0.1, "trust_coefficient": 0.05}

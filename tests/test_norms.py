@@ -11,6 +11,7 @@ from tests.cases import Memory, bits, odd_layouts, regimes, small_row
 pytestmark = [
     pytest.mark.cpu,
     pytest.mark.interpret,
+    pytest.mark.ptx,
     pytest.mark.gpu,
     # numpy, under the interpreter, where a square or a product is to overflow
     pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),

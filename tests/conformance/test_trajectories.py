@@ -10,7 +10,7 @@ from conformance.trajectory import Run, check
 
 from lars_fused import LARS, conventions
 
-pytestmark = [pytest.mark.cpu, pytest.mark.interpret, pytest.mark.gpu]
+pytestmark = [pytest.mark.cpu, pytest.mark.interpret, pytest.mark.ptx, pytest.mark.gpu]
 
 DECAY = 0.05  # large, so that it moves every result
 

@@ -5,11 +5,20 @@ import pickle
 
 import pytest
 import torch
-from contract.tools import BOTH, STRONG, copies, make_grads, make_params, momenta, same_bits, twins
+from contract.tools import (
+    COMPILED,
+    STRONG,
+    copies,
+    make_grads,
+    make_params,
+    momenta,
+    same_bits,
+    twins,
+)
 
 from lars_fused import LARS
 
-pytestmark = BOTH
+pytestmark = COMPILED
 
 SHAPES = [(3, 2), (5,)]
 SCALE = 8.0  # a power of two: scaling and unscaling round nothing

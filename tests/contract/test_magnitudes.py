@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from contract.tools import (
-    BOTH,
+    COMPILED,
     STRONG,
     Truth,
     assert_true,
@@ -20,7 +20,7 @@ from contract.tools import (
 
 from lars_fused import LARS
 
-pytestmark = BOTH
+pytestmark = COMPILED
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 # dtype, size of the weights, size of the gradients. Squares of most leave the range of fp32.

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from contract.tools import (
-    BOTH,
+    COMPILED,
     STRONG,
     Truth,
     assert_true,
@@ -19,7 +19,7 @@ from contract.tools import (
 
 from lars_fused import LARS
 
-pytestmark = BOTH
+pytestmark = COMPILED
 
 NUMBERS = ("lr", "momentum", "weight_decay", "dampening", "trust_coefficient", "eps")
 OUT_OF_RANGE = (-0.1, float("nan"), float("inf"), -float("inf"))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from contract.tools import (
-    BOTH,
+    COMPILED,
     STRONG,
     Truth,
     assert_true,
@@ -19,7 +19,7 @@ from contract.tools import (
 
 from lars_fused import LARS
 
-pytestmark = BOTH
+pytestmark = COMPILED
 
 SHAPES = [(3, 4), (5,)]
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from contract.tools import (
-    BOTH,
+    COMPILED,
     DTYPES,
     STRONG,
     Truth,
@@ -20,7 +20,7 @@ from contract.tools import (
 
 from lars_fused import LARS
 
-pytestmark = BOTH
+pytestmark = COMPILED
 
 
 def step_both(optimizer, params, truth, grads):

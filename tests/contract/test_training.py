@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from contract.tools import (
-    BOTH,
+    COMPILED,
     STRONG,
     copies,
     make_params,
@@ -18,7 +18,7 @@ from contract.tools import (
 
 from lars_fused import LARS
 
-pytestmark = BOTH
+pytestmark = COMPILED
 
 SHAPES = [(3, 2), (4,)]
 

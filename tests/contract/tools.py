@@ -10,6 +10,7 @@ import torch
 from lars_fused import LARS
 
 BOTH = [pytest.mark.cpu, pytest.mark.interpret, pytest.mark.gpu]
+COMPILED = [*BOTH, pytest.mark.ptx]  # also the PTX, by tests/ptx
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 DEFAULTS = {
     "lr": 1.0, "momentum": 0.9, "weight_decay": 0.0, "trust_coefficient": 0.001, "eps": 1e-8,
