@@ -6,6 +6,8 @@
 #     ci/gpu.sh tests bench:resnet50 profile  named parts; after the colon a pytest -k expression
 #     ci/gpu.sh tune                          sweep the launch constants
 #
+# A small step is checked first, whatever the parts.
+#
 # PYTHON: the interpreter. OUT: where the folder goes (default bench/results). LARS_FUSED_SHA: the
 # commit (with -dirty if so), where the tree came without its history. Every part has its own time
 # limit, and the report is made from what the parts left, whatever became of them.
@@ -42,6 +44,27 @@ limited() {
     [ "$status" -eq 0 ] || failed=1
     return "$status"
 }
+
+# One small step beside the portable path, before anything else takes the machine's time: a kernel
+# that waits for ever or cannot start ends the run here.
+smoke='
+import torch
+from lars_fused import LARS
+torch.manual_seed(0)
+ends = []
+for backend in ("triton", "torch"):
+    params = [torch.nn.Parameter(torch.ones(n, device="cuda").cumsum(0)) for n in (50_000, 3)]
+    optimizer = LARS(params, weight_decay=0.1, backend=backend)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    for _ in range(2):
+        optimizer.step()
+    ends.append(torch.cat([p.detach().double() for p in params]))
+torch.testing.assert_close(*ends, rtol=1e-6, atol=0)
+print("a small step agrees with the portable path")
+'
+part=smoke
+limited 60 "$PYTHON" -c "$smoke" || exit 1
 
 for part in "${parts[@]}"; do
     only=""
