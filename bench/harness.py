@@ -20,11 +20,11 @@ from torch import Tensor
 from bench import environment
 from bench.cases import Case
 from bench.peers import OURS, Inputs, Variant
+from bench.raw import COPY
 from bench.timers import host_us, interleave, timer_for
 from lars_fused import portable
 from lars_fused.reference import Options
 
-COPY = "copy"
 Builders = dict[str, Callable[[Inputs], Variant]]
 
 

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 from bench.cases import DTYPES, SWEEP_CASE
 from bench.models import MODELS
 from bench.peers import FLOOR, ONE, PORTABLE, TWO
-from bench.report import COPY, Raw, case_of, copy_us, rows_of, runs
+from bench.raw import COPY, Raw, case_of, copy_us, rows_of, runs
 
 FP32 = next(iter(DTYPES))
 # Ours in one hue, the floor dark, the peers in others; fixed, whatever a folder holds.

@@ -15,7 +15,8 @@ from bench import environment
 from bench.cases import DTYPES, model_case
 from bench.peers import COMPILED, EAGER, FLOOR, ONE, PROJECTS, TWO
 from bench.profiler import COUNTS, DRAM
-from bench.report import COPY, rows_of, runs, table
+from bench.raw import COPY, rows_of, runs
+from bench.report import table
 
 NOT_MEASURED = "not measured"
 README = Path(__file__).parent / "README.md"

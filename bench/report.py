@@ -2,37 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import sys
-from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from bench import environment
-from bench.cases import SWEEP_CASE, Case, model_case, sweep_case
-from bench.models import MODELS
 from bench.peers import FLOOR, OURS
-
-COPY = "copy"
-Raw = dict[str, str]
-
-
-def rows_of(folder: Path) -> list[Raw]:
-    path = folder / "raw.csv"
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def case_of(row: Raw) -> Case | None:
-    """The case that a row measured; None for norms and host overhead."""
-    if row["case"] in MODELS:
-        return model_case(row["case"], row["dtype"])
-    if row["case"] == SWEEP_CASE:
-        return sweep_case(int(row["n_params"]), row["dtype"])
-    return None
+from bench.raw import COPY, Raw, case_of, copy_us, rows_of, runs
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
@@ -40,23 +17,6 @@ def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     lines += [["---"] * len(lines[0])]
     lines += [[str(cell) for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-
-
-def runs(rows: list[Raw], unit: str = "us") -> dict[tuple[str, ...], dict[str, dict[str, Raw]]]:
-    """Rows that were interleaved: (case, parameters, dtype, utc) -> kind -> variant -> row."""
-    found: dict[tuple[str, ...], dict[str, dict[str, Raw]]] = defaultdict(dict)
-    for row in rows:
-        if row["unit"] == unit:
-            key = (row["case"], row["n_params"], row["dtype"], row["utc"])
-            found[key].setdefault(row["kind"], {})[row["variant"]] = row
-    return dict(found)
-
-
-def copy_us(timed: dict[str, Raw], bytes: float) -> float | None:
-    """Microseconds that the copy measured in the same run takes for so many bytes."""
-    if COPY not in timed:
-        return None
-    return bytes / (float(timed[COPY]["bytes"]) / float(timed[COPY]["p50"]))
 
 
 def _quartiles(row: Raw) -> str:
