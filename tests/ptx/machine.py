@@ -35,7 +35,7 @@ class Memory:
         """`ranges`: first address and size of each buffer."""
         merged: list[list[int]] = []
         for first, size in sorted((a, n) for a, n in ranges if n):
-            if merged and first <= merged[-1][1]:
+            if merged and first < merged[-1][1]:  # views of one storage; neighbours stay apart
                 merged[-1][1] = max(merged[-1][1], first + size)
             else:
                 merged.append([first, first + size])
@@ -134,7 +134,7 @@ class Program:
         self.kernel, self.number, self.grid = kernel, number, grid
         self.parameters, self._global = parameters, memory
         self._registers: dict[str, Any] = {}
-        self._bytes = np.full(max(shared, 16) + 16, 0xFF, np.uint8)
+        self._bytes = np.full(shared + 32, 0xFF, np.uint8)  # NaN where nothing was written
         start = self._bytes.ctypes.data
         self._shared = Memory([(start + -start % 16, max(shared, 1))])
         self._shared.ends -= self._shared.starts  # shared addresses begin at zero
@@ -149,8 +149,7 @@ class Program:
         if name not in self._registers:
             dtype = self.kernel.registers[re.match(r"%([a-z]+)", name)[1]]  # type: ignore[index]
             # Not zero: a value that nothing wrote shows.
-            junk = np.full(self.kernel.threads, 0xA5, np.uint8).astype(dtype) * dtype.type(1)
-            self._registers[name] = junk
+            self._registers[name] = np.full(self.kernel.threads, 0xA5).astype(dtype)
         return self._registers[name]
 
     def special(self, name: str, group: slice) -> Any:
