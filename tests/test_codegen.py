@@ -162,6 +162,17 @@ def test_whole_blocks_touch_no_shared_memory(made: Build, row: Row) -> None:
         assert not [x for x in lines if re.search(r"\b(LDS|STS|BAR|ds_read|ds_write|s_barrier)", x)]
 
 
+def test_no_product_is_fused_with_a_sum(made: Build) -> None:
+    # A PTX operation that names its rounding is left alone by ptxas; one that does not may be fused
+    # in one kernel and not in another, and their bits would part.
+    if made.target == "gfx942":
+        assert dict(made.spec.options)["enable_fp_fusion"] is False
+        return
+    assert re.search(r"\bmul\.rn\.f32", made.assembly)
+    free = re.findall(r"\b(?:mul|add|sub)\.f(?:32|64)\S*|\bfma\.rn\.f32\S*", made.assembly)
+    assert not free
+
+
 def test_addresses_are_computed_in_64_bits(made: Build) -> None:
     """No offset comes from 32-bit arithmetic.
 
