@@ -16,8 +16,7 @@ import platform
 import re
 import subprocess
 import tempfile
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple, dataclass, fields
 from multiprocessing import get_context
@@ -30,6 +29,7 @@ from lars_fused.kernels.tuning import compile_options, row_for
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bench.assembly import atomics, poll_forms, resident, widths
 from bench.environment import commit
 from lars_fused.launch import Dtypes, constants
 
@@ -110,14 +110,6 @@ class Row:
     converts: int
     poll: str
     atomics: str
-
-
-@dataclass(frozen=True)
-class Block:
-    """A basic block: its instructions and the indices of the blocks that may follow."""
-
-    lines: tuple[str, ...]
-    successors: tuple[int, ...]
 
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -209,129 +201,11 @@ def _output(*command: str) -> str:
     return done.stdout
 
 
-@functools.cache
-def control_flow(text: str) -> list[Block]:
-    """Basic blocks of PTX, SASS or amdgcn; a branch ends a block, its target begins one."""
-    code: list[tuple[str, str, str]] = []  # label, instruction, branch target
-    label = ""
-    for raw in text.splitlines():
-        line = re.sub(r"(?:/\*.*?\*/|//.*|\s;\s.*)", "", raw).strip().rstrip("; ")
-        if found := re.match(
-            r"\s*/\*([0-9a-f]{4,})\*/\s+\S", raw
-        ):  # SASS: every line has an address
-            label = f"0x{int(found[1], 16):x}"
-        elif found := re.match(r"(\$L__BB\w+|\.LBB\w+):", line):
-            label = found[1]
-            continue
-        if re.match(r"[@a-zA-Z]", line) and not line.endswith(":"):
-            jump = re.search(
-                r"\b(?:bra|BRA|s_c?branch)\S*\s(?:.*\s)?(\$L\w+|\.LBB\w+|0x\w+)$", line
-            )
-            code.append((label, line, jump[1] if jump else ""))
-            label = ""
-    targets = {t for _, _, t in code if t}
-    starts = [i for i, c in enumerate(code) if i == 0 or c[0] in targets or code[i - 1][2]]
-    bounds = list(zip(starts, [*starts[1:], len(code)], strict=True))
-    block_of = {code[start][0]: n for n, start in enumerate(starts)}
-    blocks = []
-    for n, (start, end) in enumerate(bounds):
-        _, last, target = code[end - 1]
-        after = [block_of[target]] if target else []
-        # Falls through unless it ends in a return or in a branch whose only operand is its target.
-        if not re.match(r"(?:(?:bra|BRA|s_branch)\S*\s+\S+$|ret\b|EXIT\b|s_endpgm)", last):
-            after += [n + 1] if n + 1 < len(bounds) else []
-        blocks.append(Block(tuple(line for _, line, _ in code[start:end]), tuple(after)))
-    return blocks
-
-
-def in_loop(blocks: Sequence[Block], start: int, avoid: re.Pattern[str]) -> bool:
-    """Whether ``start`` can be reached from itself without meeting an instruction of ``avoid``."""
-    clear = [not any(avoid.search(line) for line in b.lines) for b in blocks]
-    seen: set[int] = set()
-    todo = list(blocks[start].successors)
-    while todo:
-        n = todo.pop()
-        if n == start:
-            return True
-        if n not in seen and clear[n]:
-            seen.add(n)
-            todo += blocks[n].successors
-    return False
-
-
-POLLS = {
-    "volatile": re.compile(r"\bld\.volatile\.global"),
-    "relaxed": re.compile(r"\bld\.(?:global\.)?(?:gpu\.)?relaxed|\bld\.global\.gpu\.relaxed"),
-    "acquire": re.compile(r"\bld\.(?:global\.)?(?:gpu\.)?acquire|\bld\.global\.gpu\.acquire"),
-    "coherent": re.compile(r"\bglobal_load_\S+ .*\bsc1\b"),
-}
-# A poll loop holds nothing but the poll. The loop over tickets surrounds everything, so a cycle
-# that passes a ticket draw, a publication or a tile access does not count.
-NOT_A_POLL = re.compile(
-    r"\batom\.|atomic_(?:add|swap)|\.v[24]\.|buffer_|dwordx4|st\.global|global_store"
-)
-
-
-def poll_forms(made: Build) -> list[str]:
-    """The forms of flag read that stand in a loop of their own in the generated code."""
-    blocks = control_flow(made.assembly)
-    found = set()
-    for n, block in enumerate(blocks):
-        for form, pattern in POLLS.items():
-            if any(pattern.search(line) for line in block.lines) and in_loop(blocks, n, NOT_A_POLL):
-                found.add(form)
-    return sorted(found)
-
-
-def widths(lines: Iterable[str]) -> Counter[str]:
-    """Global accesses by direction and width in bits, such as ``ld128``, in SASS or amdgcn."""
-    count: Counter[str] = Counter()
-    sizes = {"x4": 128, "x3": 96, "x2": 64, "": 32}
-    for line in lines:
-        if found := re.search(r"\b(LDG|LDGSTS|STG)(\.\S*)", line):
-            width = re.search(r"\.[US]?(256|128|64|16|8)(?=\.|$)", found[2])
-            kind = "st" if found[1] == "STG" else "ld"
-            count[f"{kind}{width[1] if width else 32}"] += 1
-        elif found := re.search(r"\b(?:global|buffer|flat)_(load|store)_(\w+)", line):
-            if found[2].startswith("dword"):
-                bits = sizes[found[2][5:]]
-            else:
-                bits = 16 if "short" in found[2] else 8
-            count[f"{found[1].replace('load', 'ld').replace('store', 'st')}{bits}"] += 1
-    return count
-
-
-def atomics(made: Build) -> Counter[str]:
-    """Atomic operations with their ordering, from the target's own instructions."""
-    if made.machine:
-        pattern = r"\b(?:atom|red)\.global[\w.]*|\bld\.(?:volatile\.global|global\.gpu)[\w.]*"
-    else:
-        pattern = r"\bglobal_atomic_\w+|\bbuffer_atomic_\w+|\bbuffer_wbl2 \w+|\bbuffer_inv \w+"
-    return Counter(re.findall(pattern, made.assembly))
-
-
 def _number(pattern: str, text: str) -> int:
     found = re.search(pattern, text)
     if not found:
         raise ValueError(f"{pattern} not found in the compiler's output")
     return int(found[1])
-
-
-def resident(target: str, warps: int, registers: int, shared: int) -> int:
-    """Programs that registers, shared memory and warp slots let one multiprocessor hold.
-
-    NVIDIA: cuda_occupancy.h (a warp's registers come in units of 256 from one of four 16K-register
-    partitions; shared memory in units of 128 bytes) and the CUDA programming guide's table of
-    compute capabilities (64 warps, 32 blocks, 164 or 228 KB shared, 1 KB of it reserved a block).
-    gfx942: LLVM's AMDGPUBaseInfo.cpp for gfx90a and later (4 SIMDs of 512 vector registers a
-    lane in units of 8, 8 waves a SIMD, 16 work groups and 64 KB of LDS a compute unit).
-    """
-    if target == "gfx942":
-        waves = 4 * min(8, 512 // max(8, -(-registers // 8) * 8))
-        return min(waves // warps, 16, 65536 // shared if shared else 16)
-    per_warp = max(256, -(-registers * 32 // 256) * 256)
-    by_shared = (164 if target == "sm_80" else 228) * 1024 // (-(-shared // 128) * 128 + 1024)
-    return min(4 * (16384 // per_warp) // warps, 64 // warps, 32, by_shared)
 
 
 @functools.cache
@@ -366,8 +240,9 @@ def measure(made: Build) -> Row:
         *(seen[f"{kind}{bits}"] for kind in ("ld", "st") for bits in (128, 64, 32, 16)),
         *shared_ops,
         made.ttgir.count("ttg.convert_layout"),
-        "+".join(poll_forms(made)) or "-",
-        " ".join(f"{n}*{op.replace(' ', '.')}" for op, n in sorted(atomics(made).items())) or "-",
+        "+".join(poll_forms(made.assembly)) or "-",
+        " ".join(f"{n}*{op.replace(' ', '.')}" for op, n in sorted(atomics(made.assembly).items()))
+        or "-",
     )
 
 

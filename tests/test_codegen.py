@@ -12,8 +12,9 @@ import pytest
 import triton
 from lars_fused.kernels.tuning import row_for
 
-from bench import codegen
-from bench.codegen import RESULTS, TARGETS, Build, Row, Spec, build, control_flow, measure
+from bench import assembly, codegen
+from bench.assembly import control_flow
+from bench.codegen import RESULTS, TARGETS, Build, Row, Spec, build, measure
 
 pytestmark = pytest.mark.codegen
 
@@ -141,10 +142,10 @@ def test_whole_blocks_are_moved_by_wide_accesses_alone(made: Build) -> None:
         # There a loop is cut up by the compiler (see the next test), so that blocks say nothing;
         # tile accesses are `buffer_` ones, and narrow ones belong to the tail.
         tiles = [line for line in made.assembly.splitlines() if "buffer_" in line]
-        seen = {n: c for n, c in codegen.widths(tiles).items() if n[2:] in ("64", "128")}
+        seen = {n: c for n, c in assembly.widths(tiles).items() if n[2:] in ("64", "128")}
         assert seen == sum(fast_blocks(made.spec, 64 * made.spec.warps), Counter())
         return
-    counts = [codegen.widths(lines) for lines in loops(made)]
+    counts = [assembly.widths(lines) for lines in loops(made)]
     seen_loops = [dict(count) for count in counts if is_wide(count)]
     assert seen_loops == [dict(c) for c in fast_blocks(made.spec, 32 * made.spec.warps)]
 
@@ -156,7 +157,7 @@ def test_whole_blocks_touch_no_shared_memory(made: Build, row: Row) -> None:
         blocks = [b.lines for b in control_flow(made.assembly)]
         tiles = [b for b in blocks if any("buffer_" in line and "dwordx" in line for line in b)]
     else:
-        tiles = [lines for lines in loops(made) if is_wide(codegen.widths(lines))]
+        tiles = [lines for lines in loops(made) if is_wide(assembly.widths(lines))]
     assert tiles
     for lines in tiles:
         assert not [x for x in lines if re.search(r"\b(LDS|STS|BAR|ds_read|ds_write|s_barrier)", x)]
@@ -272,7 +273,7 @@ def test_the_next_ticket_is_awaited_only_after_the_data_was_asked_for(
     assert not any(used.search(x) for x in blocks[at][line + 1 :])
     first_use = next(n for n, b in enumerate(blocks) if n > at and any(map(used.search, b)))
     loop = loops(made)[0]
-    assert is_wide(codegen.widths(loop))
+    assert is_wide(assembly.widths(loop))
     assert at < blocks.index(loop) < first_use
 
 
@@ -292,22 +293,24 @@ def test_every_ordered_atomic_of_the_protocol_is_there(made: Build) -> None:
     }[made.spec.name]
     if made.target == "gfx942" and arrival in needed:
         needed |= {"buffer_wbl2 sc1": 1, "buffer_inv sc1": 1}  # its release and its acquire
-    seen = codegen.atomics(made)
+    seen = assembly.atomics(made.assembly)
     assert {op: seen[op] for op in seen if not op.startswith("ld.")} == needed
 
 
 def test_occupancy_formula_on_known_points() -> None:
     # By hand, from the sources that `resident` names.
-    assert codegen.resident("sm_80", 8, 32, 0) == 8
-    assert codegen.resident("sm_90", 8, 128, 0) == 2
-    assert codegen.resident("sm_90", 8, 129, 0) == 1
-    assert codegen.resident("sm_90", 4, 40, 0) == 12
-    assert codegen.resident("sm_90", 2, 104, 0) == 8  # four warps of 104 in each of four partitions
-    assert codegen.resident("sm_80", 4, 16, 81 * 1024) == 2
-    assert codegen.resident("sm_90", 4, 16, 0) == 16
-    assert codegen.resident("gfx942", 8, 64, 0) == 4
-    assert codegen.resident("gfx942", 8, 128, 0) == 2
-    assert codegen.resident("gfx942", 4, 129, 0) == 3
+    assert assembly.resident("sm_80", 8, 32, 0) == 8
+    assert assembly.resident("sm_90", 8, 128, 0) == 2
+    assert assembly.resident("sm_90", 8, 129, 0) == 1
+    assert assembly.resident("sm_90", 4, 40, 0) == 12
+    assert (
+        assembly.resident("sm_90", 2, 104, 0) == 8
+    )  # four warps of 104 in each of four partitions
+    assert assembly.resident("sm_80", 4, 16, 81 * 1024) == 2
+    assert assembly.resident("sm_90", 4, 16, 0) == 16
+    assert assembly.resident("gfx942", 8, 64, 0) == 4
+    assert assembly.resident("gfx942", 8, 128, 0) == 2
+    assert assembly.resident("gfx942", 4, 129, 0) == 3
 
 
 def test_kept_table_matches_the_compiler(made: Build, row: Row) -> None:
