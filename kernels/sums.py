@@ -22,8 +22,8 @@ SUM_CEILING = tl.constexpr(2.0**120)
 def _by_thread(x, BLOCK: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr):
     """Add up what each thread holds of a block: no thread needs another, and one number is kept.
 
-    A block lies over the threads in runs of VECTOR elements, once or several times around. BLOCK
-    numbers a thread instead would cost a third of all registers.
+    A block lies over the threads in runs of VECTOR elements, once or several times around. To keep
+    a number for every element instead would cost registers.
     """
     runs = tl.reshape(x, [BLOCK // (THREADS * VECTOR), THREADS, VECTOR])
     return tl.sum(tl.sum(runs, 2), 0)

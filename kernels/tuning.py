@@ -56,7 +56,7 @@ ROWS = {
 def compile_options(kernel: str, row: Row) -> dict[str, int]:
     """Triton's compile options for a kernel."""
     # Without contraction: whether a product and a sum become one rounding would be the compiler's
-    # choice, in each kernel anew; so one launch and two, and CPU and GPU, round alike.
+    # choice, in each kernel anew, and one launch and two are to round alike.
     options = {"num_warps": row.num_warps, "enable_fp_fusion": False}
     cap = {"lars_step": row.step_registers, "lars_update": row.update_registers}.get(kernel)
     if cap is not None:
