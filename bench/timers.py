@@ -158,7 +158,7 @@ class CudaTimer:
         try:
             with torch.cuda.graph(graph):
                 variant.step()
-        except Exception:
+        except Exception:  # each way to wait or allocate is refused by an error of its own
             torch.cuda.synchronize(self.device)
             return None
         return graph.replay

@@ -20,7 +20,7 @@ import torch
 
 from bench import environment
 from bench.cases import Case, model_case
-from bench.harness import Truth, disagreement
+from bench.harness import GateError, Truth, disagreement
 from bench.peers import Inputs, Variant, ours
 from bench.timers import Budget, CudaTimer, interleave
 from lars_fused import launch, plan, tables
@@ -125,7 +125,7 @@ class Tuner:
             variant = ours(inputs)
             error = disagreement(variant, self.truths[i])
             if not error <= 1:
-                raise RuntimeError(f"error {error:.3g} times its bound")
+                raise GateError(f"{candidate}: error {error:.3g} times its bound")
             for _ in range(2):
                 variant.step()
         return variant
@@ -156,7 +156,9 @@ def search(tuner: Tuner, budget: Budget) -> list[tuple[float, Candidate, Times]]
                 continue
             try:
                 tried[candidate] = (*_first(tuner.times(candidate), candidate),)
-            except Exception as error:
+            except GateError:
+                raise  # a wrong result is a defect, and no matter of speed
+            except Exception as error:  # whatever keeps constants from compiling
                 print(f"{candidate}: {type(error).__name__}: {str(error).splitlines()[:1]}")
                 tried[candidate] = (math.inf, candidate, {})
                 continue

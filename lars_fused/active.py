@@ -124,7 +124,7 @@ class Active:
             return False
         if self.dtensors and [sharding.layout(g) for g in present] != self._layouts:
             return False
-        self._localise(present)  # type: ignore[arg-type]
+        self._localise(present)  # type: ignore[arg-type]  # all have gradients, see above
         return self.stepper.fits(self.batch, options)
 
     @staticmethod

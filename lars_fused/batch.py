@@ -33,6 +33,7 @@ class Batch:
 def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
     """Where each tensor lies in memory; 0 for none."""
     try:
+        # A None among them raises TypeError, which is quicker than asking each.
         return list(map(torch.Tensor.data_ptr, tensors))  # type: ignore[arg-type]
     except TypeError:  # some are None
         return [0 if t is None else t.data_ptr() for t in tensors]

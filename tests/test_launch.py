@@ -264,3 +264,12 @@ def test_lars_step_takes_found_inf_and_grad_scale(backend, device):
     lars_step([w], [g], v, backend=backend, found_inf=torch.ones(1, **on), **TERMS)
     assert bits([w, v[0]]) == before
     assert not torch.equal(w, start)
+
+
+@cpu
+def test_portable_pieces_are_larger_where_each_costs_a_launch():
+    shape = (1 << 21,)
+    on_cpu = list(portable.pieces([torch.empty(shape), None], None))
+    elsewhere = list(portable.pieces([torch.empty(shape, device="meta"), None], None))
+    assert (len(on_cpu), len(elsewhere)) == (256, 2)
+    assert sum(piece.numel() for piece, _ in elsewhere) == 1 << 21

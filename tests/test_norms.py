@@ -244,3 +244,14 @@ def test_few_tables_are_kept_and_none_of_a_launch_that_failed(monkeypatch, tier,
     for _ in range(2):
         after = multi_tensor_l2norm(tensors, backend="triton")
         torch.testing.assert_close(after, truth(tensors), rtol=1e-6, atol=0)
+
+
+def test_under_capture_the_kernels_are_not_asked(monkeypatch, backend, device):
+    """Their tables would need uploads of their own; `gpu/` holds the same with a real capture."""
+    tensors = [torch.randn(100, device=device), torch.randn(7, device=device)]
+    true = truth(tensors)
+    monkeypatch.setattr(launch, "capturing", lambda device: True)
+    norms = multi_tensor_l2norm(tensors)
+    torch.testing.assert_close(norms.cpu(), true, rtol=1e-6, atol=0)
+    with pytest.raises(RuntimeError, match=r"tensors\[0\].*is being captured.*backend='torch'"):
+        multi_tensor_l2norm(tensors, backend="triton")

@@ -263,7 +263,7 @@ def _names(text: str) -> list[str]:
 
 def _load(parts: list[str], args: list[str]) -> Effect:
     if "param" in parts:
-        at = int(re.search(r"_param_(\d+)", args[1])[1])  # type: ignore[index]
+        at = int(re.search(r"_param_(\d+)", args[1])[1])
         return lambda cta, group, mask: put(cta, args[0], group, mask, cta.parameters[at])
     names, address, dtype = _names(args[0]), _address(args[1]), TYPES[parts[-1]]
     space = "shared" if "shared" in parts else "global"

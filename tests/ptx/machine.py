@@ -88,8 +88,8 @@ class Kernel:
     """A parsed entry of a PTX module."""
 
     def __init__(self, text: str) -> None:
-        self.name = re.search(r"\.entry (\w+)", text)[1]  # type: ignore[index]
-        self.threads = int(re.search(r"\.reqntid (\d+)", text)[1])  # type: ignore[index]
+        self.name = re.search(r"\.entry (\w+)", text)[1]
+        self.threads = int(re.search(r"\.reqntid (\d+)", text)[1])
         types = re.findall(r"\.param \.(\w+).*_param_\d+", text)
         self.parameters = [np.dtype(f"u{int(t[1:]) // 8}") for t in types]
         self.registers = {
@@ -147,7 +147,7 @@ class Program:
 
     def register(self, name: str) -> Any:
         if name not in self._registers:
-            dtype = self.kernel.registers[re.match(r"%([a-z]+)", name)[1]]  # type: ignore[index]
+            dtype = self.kernel.registers[re.match(r"%([a-z]+)", name)[1]]
             # Not zero: a value that nothing wrote shows.
             self._registers[name] = np.full(self.kernel.threads, 0xA5).astype(dtype)
         return self._registers[name]
