@@ -64,7 +64,7 @@ def _over(folders: Folders, what: str, must: str, case: str, *pair: str, **kind:
     found = folders.find(case, *pair, **kind)
     if found is None:
         return Line(what, must)
-    return Line(what, must, f"{found[0][0] / found[0][1]:.2f}", found[1])
+    return Line(what, must, f"{found[0][0] / found[0][1]:.3f}", found[1])
 
 
 def _of_bandwidth(folders: Folders, must: str, case: str, per_parameter: int) -> Line:
@@ -74,7 +74,7 @@ def _of_bandwidth(folders: Folders, must: str, case: str, per_parameter: int) ->
     found = folders.find(case, COPY, ONE)
     if found is None:
         return Line(what, must)
-    return Line(what, must, f"{moved * found[0][0] / found[0][1]:.2f}", found[1])
+    return Line(what, must, f"{moved * found[0][0] / found[0][1]:.3f}", found[1])
 
 
 def _counted(folders: Folders, what: str, must: str, unit: str, form: str) -> Line:

@@ -141,12 +141,12 @@ def test_promises_come_from_the_folder(gpu_folder):
     lines = {line.measure: line for line in promises.lines([gpu_folder])}
     of_copy = 28 * 25 / 5 / 110  # 28 bytes at 5M bytes a microsecond, 110 us for 25M parameters
     shown = {
-        "GPU time, ResNet-50, ours / SGD(fused=True)": "1.10",
-        "GPU time, ViT-B/16, one launch / two launches": "0.88",
-        "GPU time, ResNet-50, optax lars, jit / ours": "1.36",
+        "GPU time, ResNet-50, ours / SGD(fused=True)": "1.100",
+        "GPU time, ViT-B/16, one launch / two launches": "0.880",
+        "GPU time, ResNet-50, optax lars, jit / ours": "1.364",
         "GPU time, ResNet-50, apex LARC / ours": "not measured",
         "GPU time, ResNet-50, compiled eager LARS / ours": "not measured",
-        "28 B/param over copy bandwidth / our GPU time, one 100M tensor": f"{of_copy:.2f}",
+        "28 B/param over copy bandwidth / our GPU time, one 100M tensor": f"{of_copy:.3f}",
         "launches a step, steady state": "1",
         "waits of the host a step, steady state": "0",
         "DRAM bytes a parameter, ResNet-50": "20.25",
@@ -175,8 +175,8 @@ def test_ratios_are_within_one_run(gpu_folder, monkeypatch):
     recorder.add("ResNet-50", ONE, [220.0], **facts)
     recorder.add("ResNet-50", "compiled eager LARS", [440.0], **facts)
     lines = {line.measure: line.measured for line in promises.lines([gpu_folder])}
-    assert lines["GPU time, ResNet-50, compiled eager LARS / ours"] == "2.00"
-    assert lines["GPU time, ResNet-50, optax lars, jit / ours"] == "1.36"
+    assert lines["GPU time, ResNet-50, compiled eager LARS / ours"] == "2.000"
+    assert lines["GPU time, ResNet-50, optax lars, jit / ours"] == "1.364"
 
 
 def test_table_and_plots(gpu_folder):
