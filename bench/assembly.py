@@ -19,7 +19,7 @@ class Block:
 
 @functools.cache
 def control_flow(text: str) -> list[Block]:
-    """Basic blocks of PTX, SASS or amdgcn; a branch ends a block, its target begins one."""
+    """Basic blocks of PTX, SASS or amdgcn; a branch ends a block, its target starts one."""
     code: list[tuple[str, str, str]] = []  # label, instruction, branch target
     label = ""
     for raw in text.splitlines():
@@ -73,15 +73,15 @@ POLLS = {
     "acquire": re.compile(r"\bld\.(?:global\.)?(?:gpu\.)?acquire|\bld\.global\.gpu\.acquire"),
     "coherent": re.compile(r"\bglobal_load_\S+ .*\bsc1\b"),
 }
-# A poll loop holds nothing but the poll. The loop over tickets surrounds everything, so a cycle
-# that passes a ticket draw, a publication or a tile access does not count.
+# A poll loop contains only the poll. The loop over tickets encloses everything, so a cycle that
+# passes a ticket draw, a publication or a tile access does not count.
 NOT_A_POLL = re.compile(
     r"\batom\.|atomic_(?:add|swap)|\.v[24]\.|buffer_|dwordx4|st\.global|global_store"
 )
 
 
 def poll_forms(code: str) -> list[str]:
-    """The forms of flag read that stand in a loop of their own in the generated code."""
+    """The kinds of flag read that have their own loop in the generated code."""
     blocks = control_flow(code)
     found = set()
     for n, block in enumerate(blocks):
@@ -117,7 +117,7 @@ def atomics(code: str) -> Counter[str]:
 
 
 def resident(target: str, warps: int, registers: int, shared: int) -> int:
-    """Programs that registers, shared memory and warp slots let one multiprocessor hold.
+    """Programs resident on one multiprocessor, limited by registers, shared memory, warp slots.
 
     NVIDIA: cuda_occupancy.h (a warp's registers come in units of 256 from one of four 16K-register
     partitions; shared memory in units of 128 bytes) and the CUDA programming guide's table of

@@ -1,4 +1,4 @@
-"""What the compiler makes of every kernel: registers, spills, access widths, atomics, polls.
+"""The compiler's output for every kernel: registers, spills, access widths, atomics, polls.
 
 ``python -m bench.codegen`` compiles each specialisation ahead of time for four targets, prints one
 line for each and writes ``bench/results/codegen/<triton version>.csv``. No GPU is needed: Triton
@@ -25,13 +25,13 @@ from typing import Any
 
 import torch
 import triton
-from lars_fused.kernels.tuning import compile_options, row_for
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench.assembly import atomics, poll_forms, resident, widths
 from bench.environment import commit
-from lars_fused.launch import Dtypes, constants
+from lars_fused._engine.launch import Dtypes, constants
+from lars_fused.kernels.tuning import compile_options, row_for
 
 RESULTS = Path(__file__).parent / "results" / "codegen"
 
@@ -128,7 +128,7 @@ CASES = [
 LISTS = [Dtypes(dtype, None, FP32) for dtype in (FP32, BF16, FP16)]
 # Types of the run-time arguments. None is specialised on its value or alignment.
 SIGNATURE = (
-    dict.fromkeys(("items", "tensors", "group_words", "counter", "flags"), "*i64")
+    dict.fromkeys(("items", "tensors", "group_words", "counter", "watch", "flags"), "*i64")
     | dict.fromkeys(("groups", "partials", "sums", "ratios"), "*fp64")
     | {"arrivals": "*i32", "grad_scale": "*fp32", "found_inf": "*fp32", "n_items": "i32"}
 )
@@ -254,7 +254,7 @@ def environment() -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Aligned text, one line a row."""
+    """Aligned text, one line per row."""
     names = [f.name for f in fields(Row)]
     cells = [names, *([str(getattr(row, name)) for name in names] for row in rows)]
     text = {n for n, f in enumerate(fields(Row)) if f.type == "str"}
@@ -281,7 +281,7 @@ def measure_all(targets: Sequence[str], jobs: int) -> list[Row]:
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:
-    """Rows under one comment line that says what made them."""
+    """Rows under a comment line that records the environment."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         file.write(f"# {environment()}\n")
@@ -291,7 +291,7 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
 
 
 def main() -> None:
-    """Print the table and keep it."""
+    """Print the table and save it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))

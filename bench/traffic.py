@@ -1,8 +1,15 @@
-"""Predicted DRAM bytes of the ordered work list: ``python -m bench.traffic``.
+"""The model of a launch and the quality of its plan, in one table: ``python -m bench.traffic``.
 
 Every number that comes out of here is a PREDICTION of a model, never a measurement.
 
-`cache_model` says what is simulated. ``--default``: only the present order and constants.
+`launch_model` and `cache_model` say what is simulated. ``--default``: only the order and constants
+that `kernels/tuning.py` launches. Columns beside the model's bytes and times:
+
+    cover       items between the last norm of a tensor and its first update, as a share of the
+                programs: the least of all tensors that wait, and of half of them
+    between_mb  MB of w and g read for norms, and with those of v updated, between the two reads of
+                a chunk: the most of all chunks. The first is what a cache must hold if finished
+                updates leave it first (`evict_first` honoured), the second if they do not
 """
 
 from __future__ import annotations
@@ -13,107 +20,148 @@ import math
 import platform
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 
 import torch
 
-from bench.cache_model import (
-    BLOCK,
-    GPUS,
-    ITEM_US,
-    PUBLISH_US,
-    ROUND_TRIP_US,
-    USABLE_L2,
-    Gpu,
-    Traffic,
-    simulate,
-)
+from bench.cache_model import GPUS, USABLE_L2, Gpu, Traffic
 from bench.environment import commit
+from bench.launch_model import NOW, Timing, simulate
 from bench.models import MODELS, adapted
-from lars_fused.plan import make_plan
+from lars_fused._engine.plan import Plan, make_plan, unpack_items
+from lars_fused.kernels import tuning
+from lars_fused.kernels.layout import NORM, UPDATE
 
 RESULTS = Path(__file__).parent / "results" / "traffic"
+ROW = tuning.row_for("sm_90")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What a row of kernels/tuning.py fixes.
+    """What a row of `kernels/tuning.py` fixes; the defaults are those of the row for sm_90.
 
-    ``window`` is a share of the L2 size: of the 0.7 that are usable, w and g may take 8 bytes in
-    12, for v comes between the two reads as well. ``lag`` is a multiple of the programs.
+    ``evict_first``: whether the hardware honours the hint. ``window``: a share of the L2 size.
     """
 
-    chunk: int = 4096
-    per_sm: int = 4
-    window: float = 0.47
-    lag: float = 1.0
-    order: str = "grouped"
-    evict_first: bool = False
+    order: str = ROW.order
+    lag: float = ROW.lag
+    evict_first: bool = True
+    per_sm: int = ROW.programs
+    block: int = ROW.block
+    chunk: int = ROW.chunk
+    window: float = tuning.WINDOW_SHARE
 
     @property
     def in_flight_bytes(self) -> int:
         """Bytes of w and g on the way to one multiprocessor."""
-        return self.per_sm * min(BLOCK, self.chunk) * 8
+        return self.per_sm * min(self.block, self.chunk) * 8
 
 
-def predict(model: str, gpu: Gpu, choice: Choice) -> Traffic:
+@dataclass(frozen=True)
+class Quality:
+    """What a plan promises, whatever runs it; see the module's text."""
+
+    least_cover: float
+    median_cover: float
+    norms_between_mb: float
+    all_between_mb: float
+
+
+def sizes_of(model: str) -> tuple[list[int], list[bool]]:
+    """Elements of a model's tensors, and whether each is adapted."""
     shapes = MODELS[model]()
     numels = [math.prod(shape) for _, shape in shapes]
-    adapt = [adapted(name, shape) for name, shape in shapes]
-    programs = choice.per_sm * gpu.multiprocessors
-    plan = make_plan(
-        numels,
-        adapt,
+    return numels, [adapted(name, shape) for name, shape in shapes]
+
+
+def planned(model: str, gpu: Gpu, choice: Choice) -> Plan:
+    """The plan that is launched for a model in fp32."""
+    return make_plan(
+        *sizes_of(model),
         chunk=choice.chunk,
         window=int(choice.window * gpu.l2_mb * 1e6),
-        in_flight=max(1, int(choice.lag * programs)),
+        lag=int(choice.lag * choice.per_sm * gpu.multiprocessors),
         bytes_per_element=8,
         order=choice.order,
     )
+
+
+def quality(plan: Plan, chunk: int, programs: int) -> Quality:
+    """Cover of each wait, and bytes between the two reads of a chunk, of fp32 tensors."""
+    kinds, tensors, chunks = unpack_items(plan.items)
+    place = torch.arange(len(kinds))
+    norm, update = kinds == NORM, kinds == UPDATE
+    if not bool(norm.any()):
+        return Quality(math.inf, math.inf, 0.0, 0.0)
+    last = torch.full((plan.n_tensors,), -1).scatter_reduce(0, tensors[norm], place[norm], "amax")
+    first = torch.full((plan.n_tensors,), len(kinds)).scatter_reduce(
+        0, tensors[update], place[update], "amin"
+    )
+    waits = last >= 0
+    covers = ((first - last - 1)[waits] / programs).tolist()
+    # Each chunk's two places in the list, found by sorting both kinds by tensor and chunk.
+    key = tensors * (int(chunks.max()) + 1) + chunks
+    read, again = (place[k][key[k].argsort()] for k in (norm, update))
+    megabyte = chunk / 1e6
+    normed, updated = (8 * norm * megabyte).cumsum(0), (12 * update * megabyte).cumsum(0)
+    norms = normed[again] - normed[read]
+    return Quality(
+        min(covers), median(covers), float(norms.max()),
+        float((norms + updated[again] - updated[read]).max()),
+    )  # fmt: skip
+
+
+def predict(model: str, gpu: Gpu, choice: Choice, timing: Timing = NOW) -> Traffic:
+    """Bytes and time of one step of a model in fp32."""
     return simulate(
-        plan,
-        numels,
+        planned(model, gpu, choice),
+        sizes_of(model)[0],
+        gpu,
         chunk=choice.chunk,
-        programs=programs,
-        capacity=gpu.capacity,
-        # Coarser where a model is large: the outcome differs in the second decimal.
-        granule=BLOCK if sum(numels) < 5e7 else 2 * BLOCK,
+        block=choice.block,
+        per_sm=choice.per_sm,
         evict_first=choice.evict_first,
-        dram_tbps=gpu.dram_tbps,
-        l2_tbps=gpu.l2_tbps,
+        timing=timing,
     )
 
 
 def sweep() -> list[tuple[str, str, Choice]]:
-    """(model, GPU, choice): the default for all, then one thing at a time on the H200."""
-    cases = [(m, g, Choice()) for m in MODELS for g in GPUS]
-    small = ("ResNet-50", "ViT-B/16", "AlexNet")
-    for chunk in (4096, 8192, 16384, 32768, 65536):
-        # With more than 64K elements in flight a multiprocessor, nearly every second read misses.
-        for per_sm in (x for x in (1, 2, 3, 4, 6, 8) if x * chunk <= 1 << 16):
-            cases += [(m, "H200", Choice(chunk=chunk, per_sm=per_sm)) for m in small]
-    for window in (0.37, 0.42, 0.57, 0.7):
-        cases += [(m, "H200", Choice(window=window)) for m in small]
-    for lag in (0.25, 0.5, 1.5, 2.0):
-        cases += [(m, "H200", Choice(lag=lag)) for m in small]
-    for order, evict_first in (("grouped", True), ("sliding", False), ("sliding", True)):
-        for chunk, per_sm in ((4096, 4), (8192, 3), (8192, 4)):
-            choice = Choice(chunk, per_sm, order=order, evict_first=evict_first)
-            cases += [(m, "H200", choice) for m in small]
-    return list(dict.fromkeys(cases))
+    """(model, GPU, choice): what is launched for all, then one thing at a time on the H200."""
+    cases = [(m, g, Choice(evict_first=e)) for m in MODELS for g in GPUS for e in (True, False)]
+    few = ("ResNet-50", "ViT-B/16", "AlexNet")
+    variants = [Choice(order="grouped")]
+    variants += [Choice(lag=lag) for lag in (0.25, 0.5, 0.75, 1.5)]
+    variants += [Choice(per_sm=n) for n in (3, 5, 6)]
+    variants += [Choice(block=4096), Choice(block=1024), Choice(block=4096, chunk=8192)]
+    for choice in variants:
+        cases += [(m, "H200", replace(choice, evict_first=e)) for m in few for e in (True, False)]
+    return cases
 
 
-def write(path: Path, header: list[str], rows: list[dict[str, object]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        file.writelines(f"# {line}\n" for line in header)
-        table = csv.DictWriter(file, rows[0], lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
+def line(model: str, gpu: Gpu, choice: Choice) -> dict[str, object]:
+    """One line of the table."""
+    programs = choice.per_sm * gpu.multiprocessors
+    traffic = predict(model, gpu, choice)
+    plan = quality(planned(model, gpu, choice), choice.chunk, programs)
+    return {
+        "model": model,
+        "gpu": gpu.name,
+        **{name: int(x) if name == "evict_first" else x for name, x in asdict(choice).items()},
+        "bytes_per_parameter": round(traffic.per_parameter, 3),
+        "model_us": round(traffic.us, 1),
+        "floor_20_us": round(20 * traffic.parameters / gpu.dram_tbps * 1e-6, 1),
+        "wait_us_per_program": round(traffic.wait_us / programs, 1),
+        "least_cover": round(plan.least_cover, 2),
+        "median_cover": round(plan.median_cover, 2),
+        "norms_between_mb": round(plan.norms_between_mb, 1),
+        "all_between_mb": round(plan.all_between_mb, 1),
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the table and keep it."""
     parser = argparse.ArgumentParser(prog="python -m bench.traffic", description=__doc__)
     parser.add_argument("--output", type=Path, default=RESULTS / "prediction.csv")
     parser.add_argument("--model", choices=MODELS, help="only this model")
@@ -122,45 +170,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     sha, dirty = commit()
     header = [
-        "PREDICTION of a cache simulation; nothing here was measured",
+        "PREDICTION of a discrete-event model; nothing here was measured",
         f"commit {sha}{'-dirty' * dirty}; "
         f"python {platform.python_version()}; torch {torch.__version__}",
         f"command: {parser.prog} {' '.join(sys.argv[1:] if arguments is None else arguments)}",
-        f"usable L2 {USABLE_L2}, block {BLOCK}, item {ITEM_US} us, publish {PUBLISH_US} us, "
-        f"round trip {ROUND_TRIP_US} us",
+        f"usable L2 {USABLE_L2}; {NOW}",
     ]
-    columns = "{:20} {:5} {:>6} {:>6} {:>6} {:>4} {:8} {:5} {:>6} {:>8} {:>9} {:>9} {:>7}"
-    names = "model gpu chunk per_sm window lag order evict kb_sm B/param model_us floor_us wait_us"
     print("\n".join(header))
-    print(columns.format(*names.split()))
-    rows: list[dict[str, object]] = []
-    for model, gpu_name, choice in sweep():
-        if chosen.default and choice != Choice():
-            continue
-        if chosen.model not in (None, model) or chosen.gpu not in (None, gpu_name):
-            continue
-        gpu = GPUS[gpu_name]
-        traffic = predict(model, gpu, choice)
-        row: dict[str, object] = {
-            "model": model,
-            "gpu": gpu_name,
-            "chunk": choice.chunk,
-            "programs_per_sm": choice.per_sm,
-            "window_of_l2": choice.window,
-            "lag_of_programs": choice.lag,
-            "order": choice.order,
-            "evict_first": int(choice.evict_first),
-            "in_flight_kb_per_sm": round(choice.in_flight_bytes / 1000, 1),
-            "bytes_per_parameter": round(traffic.per_parameter, 3),
-            "model_us": round(traffic.us, 1),
-            "floor_20_us": round(20 * traffic.parameters / gpu.dram_tbps * 1e-6, 1),
-            "wait_us_per_program": round(
-                traffic.wait_us / (choice.per_sm * gpu.multiprocessors), 1
-            ),
-        }
-        rows.append(row)
-        print(columns.format(*map(str, row.values())), flush=True)
-    write(chosen.output, header, rows)
+    chosen.output.parent.mkdir(parents=True, exist_ok=True)
+    with chosen.output.open("w", newline="") as file:
+        file.writelines(f"# {text}\n" for text in header)
+        table: csv.DictWriter[str] | None = None
+        for model, gpu, choice in sweep():
+            if chosen.default and replace(choice, evict_first=True) != Choice():
+                continue
+            if chosen.model not in (None, model) or chosen.gpu not in (None, gpu):
+                continue
+            row = line(model, GPUS[gpu], choice)
+            if table is None:
+                table = csv.DictWriter(file, row, lineterminator="\n")
+                table.writeheader()
+                print("  ".join(row))
+            table.writerow(row)
+            file.flush()
+            print("  ".join(map(str, row.values())), flush=True)
     print(f"written: {chosen.output}")
 
 

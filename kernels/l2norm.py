@@ -11,21 +11,20 @@ Bytes a parameter in fp32: 8 (w and g), or 4 for one list of tensors (G_DT None)
 import triton
 import triton.language as tl
 
-from .sums import chunk_square_sums, store_triple, sum_partials
-from .tile import (
-    DECAY,
-    G_AT,
-    GROUP,
-    GROUP_WORDS,
-    NUMEL,
-    SLOT,
-    TENSOR_WORDS,
-    W_AT,
-    chunk_span,
-    gradient_factor,
-    inverse_scale,
-    unpack_item,
-)
+from . import layout
+from .lars_rule import gradient_factor, inverse_scale
+from .memory import chunk_span
+from .queue import unpack_item
+from .sums import D2, G2, W2, chunk_square_sums, load_pair, store_triple, sum_partials
+
+_W_AT = tl.constexpr(layout.W_AT)
+_G_AT = tl.constexpr(layout.G_AT)
+_NUMEL = tl.constexpr(layout.NUMEL)
+_SLOT = tl.constexpr(layout.SLOT)
+_FLAGS = tl.constexpr(layout.FLAGS)
+_TENSOR_WORDS = tl.constexpr(layout.TENSOR_WORDS)
+_DECAY = tl.constexpr(layout.DECAY)
+_GROUP_WORDS = tl.constexpr(layout.GROUP_WORDS)
 
 
 @triton.jit(
@@ -52,24 +51,33 @@ def l2norm(
     EMULATE_BF16: tl.constexpr,
 ):
     """Sum the squares of one chunk; finish the tensor if it is its last chunk to arrive."""
-    _, tensor, chunk = unpack_item(tl.load(items + tl.program_id(0)))
-    row = tensors + tensor * TENSOR_WORDS
-    w_address, g_address = tl.load(row + W_AT), tl.load(row + G_AT)
-    options = groups + tl.load(row + GROUP) * GROUP_WORDS
-    start, count, whole = chunk_span(row, chunk, CHUNK, BLOCK)
-    w2, g2, d2 = chunk_square_sums(
-        w_address, g_address, start, count, whole,
-        gradient_factor(options, inverse_scale(grad_scale)),
-        tl.load(options + DECAY).to(tl.float32),
-        BLOCK, THREADS, W_DT, G_DT, W_ALIGN, G_ALIGN, EMULATE_BF16,
+    _, tensor, group, chunk = unpack_item(tl.load(items + tl.program_id(0)))
+    row = tensors + tensor * _TENSOR_WORDS
+    options = groups + group * _GROUP_WORDS
+    w_address, g_address = tl.load(row + _W_AT), tl.load(row + _G_AT)
+    numel, row_flags, first_slot = (
+        tl.load(row + _NUMEL),
+        tl.load(row + _FLAGS),
+        tl.load(row + _SLOT),
+    )
+    factor = gradient_factor(options, inverse_scale(grad_scale))
+    decay = tl.load(options + _DECAY).to(tl.float32)
+    start, count, whole = chunk_span(numel, row_flags, chunk, CHUNK, BLOCK)
+    w, g = load_pair(
+        w_address, g_address, start, whole > 0,
+        BLOCK, W_DT, G_DT, W_ALIGN, G_ALIGN, EMULATE_BF16,
     )  # fmt: skip
-    chunks = (tl.load(row + NUMEL) + CHUNK - 1) // CHUNK
+    w2, g2, d2 = chunk_square_sums(
+        w, g, w_address, g_address, start, count, whole, factor, decay,
+        CHUNK, BLOCK, THREADS, W_DT, G_DT, W_ALIGN, G_ALIGN, EMULATE_BF16,
+    )  # fmt: skip
+    chunks = (numel + CHUNK - 1) // CHUNK
     if chunks == 1:
         store_triple(sums, tensor, w2, g2, d2)
     else:
-        first_slot = tl.load(row + SLOT)
         store_triple(partials, first_slot + chunk, w2, g2, d2)
         if tl.atomic_add(arrivals + tensor, 1, sem="acq_rel") == chunks - 1:
-            w2, g2, d2 = sum_partials(partials, first_slot, chunks, LANES)
+            w2, g2 = sum_partials(partials, first_slot, chunks, W2, G2, LANES, EMULATE_BF16)
+            d2, d2 = sum_partials(partials, first_slot, chunks, D2, D2, LANES, EMULATE_BF16)
             store_triple(sums, tensor, w2, g2, d2)
             tl.store(arrivals + tensor, 0)

@@ -10,9 +10,9 @@ Items are ordered by the host so that an item depends only on earlier ones: the 
 ticket is always held by a running program and waits for nothing unfinished. So the launch cannot
 deadlock, whatever number of programs is resident, and needs no cooperative launch.
 
-Per element: see `tile.py`. Bytes: w and g are read by a NORM item and again by its UPDATE item; the
-host keeps the two close enough in ticket order for the second read to hit L2, so that DRAM sees
-read w, g, v and write w, v: 20 bytes a parameter in fp32, as plain SGD.
+Per element: see `lars_rule.py`. Bytes: w and g are read by a NORM item and again by its UPDATE
+item; the host keeps the two close enough in ticket order for the second read to hit L2, so that
+DRAM sees read w, g, v and write w, v: 20 bytes a parameter in fp32, as plain SGD.
 
 Why not a grid barrier, float atomics or autotune: `README.md`.
 """
@@ -20,83 +20,54 @@ Why not a grid barrier, float atomics or autotune: `README.md`.
 import triton
 import triton.language as tl
 
-from .sums import chunk_square_sums, store_triple, sum_partials
-from .tile import (
-    DECAY,
-    G_AT,
-    GROUP,
-    GROUP_WORDS,
-    NORM,
-    NUMEL,
-    SLOT,
-    TENSOR_WORDS,
-    UPDATE,
-    W_AT,
-    chunk_span,
-    decode_ratio,
-    encode_ratio,
+from . import layout
+from .lars_rule import (
     gradient_factor,
     inverse_scale,
     learning_rate,
+    load_triple,
+    rate_words,
+    ratio_options,
     store_stats,
     trust_ratio,
-    unpack_item,
     update_chunk,
     update_rule,
+    uses_decayed_norm,
 )
+from .memory import chunk_span
+from .queue import (
+    TICKET_BITS,
+    TICKET_MASK,
+    as_published,
+    ask,
+    draw,
+    publish,
+    receive,
+    unpack_item,
+    wait_for_ratio,
+    watch_start,
+)
+from .sums import D2, G2, W2, chunk_square_sums, load_pair, store_triple, sum_partials
 
-# The counter word is (epoch << 32) | next ticket: one atomic gives both.
-_TICKET = tl.constexpr(0xFFFFFFFF)
-
-
-@triton.jit
-def _draw(counter, THREADS: tl.constexpr):
-    """Send for the next ticket: one thread's atomic, for whose answer nobody waits yet.
-
-    A scalar atomic would wait, since its answer is handed to all threads on the spot. So would an
-    atomic that adds the same in every thread: ptxas makes one of a warp's and hands out the answer.
-    """
-    lane = tl.arange(0, THREADS)
-    return tl.atomic_add(counter + lane * 0, lane.to(tl.int64) + 1, mask=lane == 0, sem="relaxed")
-
-
-@triton.jit
-def _receive(drawn, THREADS: tl.constexpr):
-    """Ticket that `_draw` sent for."""
-    return tl.sum(tl.where(tl.arange(0, THREADS) == 0, drawn, 0)) & _TICKET
-
-
-@triton.jit
-def _publish(flag, epoch, ratio):
-    """One 64-bit word carries the ratio and the step that it belongs to.
-
-    So its reader needs no fence, and no flag is cleared between steps.
-    """
-    tl.atomic_xchg(flag, ((epoch & 0xFFFF) << 48) | encode_ratio(ratio), sem="relaxed")
-
-
-@triton.jit
-def _poll(flag, POLL_ATOMIC: tl.constexpr):
-    # A plain load in a spin loop is hoisted or deleted. NVIDIA keeps a volatile one; the AMD
-    # backend drops `volatile`, so that only an atomic read works there.
-    if POLL_ATOMIC:
-        return tl.atomic_add(flag, 0, sem="relaxed")
-    return tl.load(flag, volatile=True)
-
-
-@triton.jit
-def _wait_for_ratio(flag, epoch, POLL_ATOMIC: tl.constexpr):
-    word = _poll(flag, POLL_ATOMIC)
-    while ((word >> 48) & 0xFFFF) != (epoch & 0xFFFF):
-        word = _poll(flag, POLL_ATOMIC)
-    return decode_ratio(word)
+_NORM = tl.constexpr(layout.NORM)
+_UPDATE = tl.constexpr(layout.UPDATE)
+_W_AT = tl.constexpr(layout.W_AT)
+_G_AT = tl.constexpr(layout.G_AT)
+_V_AT = tl.constexpr(layout.V_AT)
+_COPY_AT = tl.constexpr(layout.COPY_AT)
+_NUMEL = tl.constexpr(layout.NUMEL)
+_SLOT = tl.constexpr(layout.SLOT)
+_FLAGS = tl.constexpr(layout.FLAGS)
+_TENSOR_WORDS = tl.constexpr(layout.TENSOR_WORDS)
+_DECAY = tl.constexpr(layout.DECAY)
+_GROUP_WORDS = tl.constexpr(layout.GROUP_WORDS)
 
 
 @triton.jit(
     do_not_specialize=["n_items"],
     do_not_specialize_on_alignment=[
-        "items", "tensors", "groups", "group_words", "counter", "arrivals", "flags", "partials",
-        "sums", "ratios", "grad_scale", "found_inf",
+        "items", "tensors", "groups", "group_words", "counter", "watch", "arrivals", "flags",
+        "partials", "sums", "ratios", "grad_scale", "found_inf",
     ],
 )  # fmt: skip
 def lars_step(
@@ -105,6 +76,7 @@ def lars_step(
     groups,  # float64 [n_groups, 16]: hyper-parameters
     group_words,  # int64: the same memory, for the address of a learning rate
     counter,  # int64 [1]: (epoch << 32) | next ticket
+    watch,  # int64 [2]: whether every launch began at ticket 0
     arrivals,  # int32 [n_tensors]: chunks of the tensor summed so far, zero between launches
     flags,  # int64 [n_tensors]: (epoch, ratio) as published
     partials,  # float64 [n_slots, 3]
@@ -127,71 +99,103 @@ def lars_step(
     COPY_ALIGN: tl.constexpr,
     EVICT: tl.constexpr,
     POLL_ATOMIC: tl.constexpr,
+    BACKOFF: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
 ):
     """One optimizer step over every tensor of one dtype combination."""
     taken = tl.load(found_inf) == 0
-    todo = tl.where(taken, n_items, 0).to(tl.int64)
+    todo = tl.where(taken, n_items, 0)
     unscale = inverse_scale(grad_scale)
     word = tl.atomic_add(counter, 1, sem="relaxed")
-    ticket = word & _TICKET
-    epoch = word >> 32
+    ticket = (word & TICKET_MASK).to(tl.int32)
+    epoch = (word >> TICKET_BITS).to(tl.int32)
+    if taken & (ticket == 0):
+        watch_start(watch, epoch)
     item = tl.load(items + ticket, mask=ticket < todo, other=0)
     while ticket < todo:
-        # The next ticket is sent for now and its item in the middle of this one, so that neither
-        # is waited for. Safe: a program does its tickets in increasing order.
-        drawn = _draw(counter, THREADS)
-        kind, tensor, chunk = unpack_item(item)
-        row = tensors + tensor * TENSOR_WORDS
-        w_address, g_address = tl.load(row + W_AT), tl.load(row + G_AT)
-        group = tl.load(row + GROUP)
-        options = groups + group * GROUP_WORDS
-        option_words = group_words + group * GROUP_WORDS
+        # The next ticket is asked for here and received, with its item, while the first data is on
+        # its way. Safe: a program does its tickets in increasing order.
+        drawn = draw(counter, THREADS)
+        kind, tensor, group, chunk = unpack_item(item)
+        row = tensors + tensor * _TENSOR_WORDS
+        options = groups + group * _GROUP_WORDS
+        option_words = group_words + group * _GROUP_WORDS
+        # All that the first data load needs, in one batch.
+        w_address, g_address = tl.load(row + _W_AT), tl.load(row + _G_AT)
+        v_address = tl.load(row + _V_AT)
+        numel, row_flags = tl.load(row + _NUMEL), tl.load(row + _FLAGS)
+        first_slot = tl.load(row + _SLOT)
         factor = gradient_factor(options, unscale)
-        start, count, whole = chunk_span(row, chunk, CHUNK, BLOCK)
+        start, count, whole = chunk_span(numel, row_flags, chunk, CHUNK, BLOCK)
         ratio = tl.full([], 1.0, tl.float64)  # of a chunk that is not adapted
-        w2 = tl.full([], 0.0, tl.float64)
-        g2 = tl.full([], 0.0, tl.float64)
-        d2 = tl.full([], 0.0, tl.float64)
-        if (kind & NORM) != 0:
-            w2, g2, d2 = chunk_square_sums(
-                w_address, g_address, start, count, whole, factor,
-                tl.load(options + DECAY).to(tl.float32),
-                BLOCK, THREADS, W_DT, G_DT, W_ALIGN, G_ALIGN, EMULATE_BF16,
+        next_ticket = ticket
+        next_item = item
+
+        if (kind & _NORM) != 0:
+            w, g = load_pair(
+                w_address, g_address, start, whole > 0,
+                BLOCK, W_DT, G_DT, W_ALIGN, G_ALIGN, EMULATE_BF16,
             )  # fmt: skip
-
-        next_ticket = _receive(drawn, THREADS)
-        next_item = tl.load(items + next_ticket, mask=next_ticket < todo, other=0)
-
-        if (kind & NORM) != 0:
-            chunks = (tl.load(row + NUMEL) + CHUNK - 1) // CHUNK
+            decayed = uses_decayed_norm(options)
+            decay = tl.load(options + _DECAY).to(tl.float32)
+            next_ticket = receive(drawn, THREADS)
+            next_item = tl.load(items + next_ticket, mask=next_ticket < todo, other=0)
+            w2, g2, d2 = chunk_square_sums(
+                w, g, w_address, g_address, start, count, whole, factor, decay,
+                CHUNK, BLOCK, THREADS, W_DT, G_DT, W_ALIGN, G_ALIGN, EMULATE_BF16,
+            )  # fmt: skip
+            chunks = (numel + CHUNK - 1) // CHUNK
             complete = chunks == 1
             if chunks > 1:
-                first_slot = tl.load(row + SLOT)
                 store_triple(partials, first_slot + chunk, w2, g2, d2)
                 # acq_rel: releases this chunk's slot, and acquires all others for the last one.
                 complete = tl.atomic_add(arrivals + tensor, 1, sem="acq_rel") == chunks - 1
-                if complete:
-                    w2, g2, d2 = sum_partials(partials, first_slot, chunks, LANES)
-                    tl.store(arrivals + tensor, 0)
             if complete:
+                # Two sums until the ratio is out; the third is for layer_stats() alone.
+                loaded = ratio_options(options)
+                rate = rate_words(options, option_words)
+                used = G2 + (D2 - G2) * decayed.to(tl.int64)
+                rest = G2 + D2 - used
+                norm2 = tl.where(decayed, d2, g2)
+                if chunks > 1:
+                    w2, norm2 = sum_partials(
+                        partials, first_slot, chunks, W2, used, LANES, EMULATE_BF16
+                    )
+                lr = learning_rate(rate)
+                ratio = as_published(trust_ratio(w2, norm2, loaded, lr))
+                if kind == _NORM:
+                    publish(flags + tensor, epoch, ratio)
+                    tl.store(arrivals + tensor, 0)
+                rest2 = tl.where(decayed, g2, d2)
+                if chunks > 1:
+                    rest2, _ = sum_partials(
+                        partials, first_slot, chunks, rest, rest, LANES, EMULATE_BF16
+                    )
+                g2, d2 = tl.where(decayed, rest2, norm2), tl.where(decayed, norm2, rest2)
                 store_triple(sums, tensor, w2, g2, d2)
-                lr = learning_rate(options, option_words)
-                ratio = trust_ratio(w2, g2, d2, options, lr)
                 store_stats(ratios, tensor, ratio, lr)
-                if kind == NORM:
-                    _publish(flags + tensor, epoch, ratio)
 
-        if (kind & UPDATE) != 0:
-            # Before the wait, which then overlaps with these loads.
-            lr = learning_rate(options, option_words)
-            momentum, keep, decay, nesterov, inside = update_rule(options, row, epoch)
-            if kind == UPDATE:
-                ratio = _wait_for_ratio(flags + tensor, epoch, POLL_ATOMIC)
+        if (kind & _UPDATE) != 0:
+            w, g, v = load_triple(
+                w_address, g_address, v_address, start, whole > 0,
+                BLOCK, W_DT, G_DT, V_DT, W_ALIGN, G_ALIGN, V_ALIGN, EVICT, EMULATE_BF16,
+            )  # fmt: skip
+            # Everything else comes while that is on its way; only this item writes this chunk.
+            rate = rate_words(options, option_words)
+            momentum, keep, decay, nesterov, inside = update_rule(options, row_flags, epoch)
+            if kind == _UPDATE:
+                asked = ask(flags + tensor, POLL_ATOMIC)
+                next_ticket = receive(drawn, THREADS)
+                next_item = tl.load(items + next_ticket, mask=next_ticket < todo, other=0)
+                ratio = wait_for_ratio(asked, flags + tensor, epoch, POLL_ATOMIC, BACKOFF)
+            lr = learning_rate(rate)
+            copy_address = w_address
+            if COPY_DT is not None:
+                copy_address = tl.load(row + _COPY_AT)
             update_chunk(
-                row, w_address, g_address, start, count, whole, factor, ratio, lr,
-                momentum, keep, decay, nesterov, inside,
-                BLOCK, THREADS, W_DT, G_DT, V_DT, COPY_DT,
+                w, g, v, w_address, g_address, v_address, copy_address, start, count, whole,
+                factor, ratio, lr, momentum, keep, decay, nesterov, inside,
+                CHUNK, BLOCK, THREADS, W_DT, G_DT, V_DT, COPY_DT,
                 W_ALIGN, G_ALIGN, V_ALIGN, COPY_ALIGN, EVICT, EMULATE_BF16,
             )  # fmt: skip
         ticket = next_ticket
@@ -200,4 +204,4 @@ def lars_step(
     # Every program ends on one ticket past the work. The very last ticket resets the queue for
     # the next launch; a skipped step does not count, so that "first step" stays first.
     if ticket == todo + tl.num_programs(0) - 1:
-        tl.store(counter, (epoch + taken.to(tl.int64)) << 32)
+        tl.store(counter, (epoch + taken).to(tl.int64) << TICKET_BITS)

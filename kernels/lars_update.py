@@ -11,28 +11,38 @@ Bytes a parameter in fp32: 20 (12 read, 8 written), 28 with the norms.
 import triton
 import triton.language as tl
 
-from .tile import (
-    G_AT,
-    GROUP,
-    GROUP_WORDS,
-    TENSOR_WORDS,
-    W_AT,
-    chunk_span,
+from . import layout
+from .lars_rule import (
     gradient_factor,
     inverse_scale,
     learning_rate,
+    load_triple,
+    rate_words,
+    ratio_options,
     store_stats,
     trust_ratio,
-    unpack_item,
     update_chunk,
     update_rule,
+    uses_decayed_norm,
 )
+from .memory import chunk_span
+from .queue import TICKET_BITS, TICKET_MASK, as_published, unpack_item, watch_start
+from .sums import D2, G2, W2
+
+_W_AT = tl.constexpr(layout.W_AT)
+_G_AT = tl.constexpr(layout.G_AT)
+_V_AT = tl.constexpr(layout.V_AT)
+_COPY_AT = tl.constexpr(layout.COPY_AT)
+_NUMEL = tl.constexpr(layout.NUMEL)
+_FLAGS = tl.constexpr(layout.FLAGS)
+_TENSOR_WORDS = tl.constexpr(layout.TENSOR_WORDS)
+_GROUP_WORDS = tl.constexpr(layout.GROUP_WORDS)
 
 
 @triton.jit(
     do_not_specialize_on_alignment=[
-        "items", "tensors", "groups", "group_words", "counter", "sums", "ratios", "grad_scale",
-        "found_inf",
+        "items", "tensors", "groups", "group_words", "counter", "watch", "sums", "ratios",
+        "grad_scale", "found_inf",
     ],
 )  # fmt: skip
 def lars_update(
@@ -41,6 +51,7 @@ def lars_update(
     groups,  # float64 [n_groups, 16]
     group_words,  # int64: the same memory
     counter,  # int64 [1]: (epoch << 32) | programs started
+    watch,  # int64 [2]: whether every launch began at ticket 0
     sums,  # float64 [n_tensors, 3]
     ratios,  # float64 [n_tensors, 2]
     grad_scale,  # float32 [1]
@@ -64,28 +75,40 @@ def lars_update(
     # The counter numbers the programs in the order of their start, and carries the epoch as in
     # the one-launch kernel; the last to start resets it.
     word = tl.atomic_add(counter, 1, sem="relaxed")
-    ticket = word & 0xFFFFFFFF
-    epoch = word >> 32
-    if taken:
-        _, tensor, chunk = unpack_item(tl.load(items + ticket))
-        row = tensors + tensor * TENSOR_WORDS
-        group = tl.load(row + GROUP)
-        options = groups + group * GROUP_WORDS
-        lr = learning_rate(options, group_words + group * GROUP_WORDS)
-        start, count, whole = chunk_span(row, chunk, CHUNK, BLOCK)
-        w2 = tl.load(sums + 3 * tensor)
-        g2 = tl.load(sums + 3 * tensor + 1)
-        d2 = tl.load(sums + 3 * tensor + 2)
-        ratio = trust_ratio(w2, g2, d2, options, lr)
+    ticket = (word & TICKET_MASK).to(tl.int32)
+    epoch = (word >> TICKET_BITS).to(tl.int32)
+    if taken & (ticket == 0):
+        watch_start(watch, epoch)
+    if taken & (ticket < tl.num_programs(0)):  # never an item beyond the list
+        _, tensor, group, chunk = unpack_item(tl.load(items + ticket))
+        row = tensors + tensor * _TENSOR_WORDS
+        options = groups + group * _GROUP_WORDS
+        w_address, g_address = tl.load(row + _W_AT), tl.load(row + _G_AT)
+        v_address = tl.load(row + _V_AT)
+        copy_address = w_address
+        if COPY_DT is not None:
+            copy_address = tl.load(row + _COPY_AT)
+        numel, row_flags = tl.load(row + _NUMEL), tl.load(row + _FLAGS)
+        start, count, whole = chunk_span(numel, row_flags, chunk, CHUNK, BLOCK)
+        w2 = tl.load(sums + 3 * tensor + W2)
+        used = G2 + (D2 - G2) * uses_decayed_norm(options).to(tl.int64)
+        norm2 = tl.load(sums + 3 * tensor + used)
+        loaded = ratio_options(options)
+        lr = learning_rate(rate_words(options, group_words + group * _GROUP_WORDS))
+        factor = gradient_factor(options, inverse_scale(grad_scale))
+        momentum, keep, decay, nesterov, inside = update_rule(options, row_flags, epoch)
+        ratio = as_published(trust_ratio(w2, norm2, loaded, lr))
         if chunk == 0:
             store_stats(ratios, tensor, ratio, lr)
-        factor = gradient_factor(options, inverse_scale(grad_scale))
-        momentum, keep, decay, nesterov, inside = update_rule(options, row, epoch)
+        w, g, v = load_triple(
+            w_address, g_address, v_address, start, whole > 0,
+            BLOCK, W_DT, G_DT, V_DT, W_ALIGN, G_ALIGN, V_ALIGN, EVICT, EMULATE_BF16,
+        )  # fmt: skip
         update_chunk(
-            row, tl.load(row + W_AT), tl.load(row + G_AT), start, count, whole, factor, ratio, lr,
-            momentum, keep, decay, nesterov, inside,
-            BLOCK, THREADS, W_DT, G_DT, V_DT, COPY_DT,
+            w, g, v, w_address, g_address, v_address, copy_address, start, count, whole,
+            factor, ratio, lr, momentum, keep, decay, nesterov, inside,
+            CHUNK, BLOCK, THREADS, W_DT, G_DT, V_DT, COPY_DT,
             W_ALIGN, G_ALIGN, V_ALIGN, COPY_ALIGN, EVICT, EMULATE_BF16,
         )  # fmt: skip
     if ticket == tl.num_programs(0) - 1:
-        tl.store(counter, (epoch + taken.to(tl.int64)) << 32)
+        tl.store(counter, (epoch + taken).to(tl.int64) << TICKET_BITS)

@@ -10,12 +10,30 @@ Bytes a parameter in fp32: 8 read.
 import triton
 import triton.language as tl
 
-from .tile import UNIT_DOWN, UNIT_UP, element_offset, pointer_to, widen
+from . import layout
+from .lars_rule import direction
+from .memory import (
+    TAIL_TURNS,
+    UNIT_DOWN,
+    UNIT_UP,
+    element_offset,
+    load_block,
+    pointer_to,
+    widen,
+)
 
 # A block's fp32 sum of squares is trusted between these bounds: below, squares have lost bits to
 # underflow (2^-126 against 2^-80 leaves 2^-46 relative); above, one more square may overflow.
 SUM_FLOOR = tl.constexpr(2.0**-80)
 SUM_CEILING = tl.constexpr(2.0**120)
+
+
+W2 = tl.constexpr(layout.W2)
+G2 = tl.constexpr(layout.G2)
+D2 = tl.constexpr(layout.D2)
+
+# Turns of LANES slots that the last arriver of a tensor loads at a time.
+PARTIAL_TURNS = tl.constexpr(8)
 
 
 @triton.jit
@@ -30,12 +48,52 @@ def _by_thread(x, BLOCK: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constex
 
 
 @triton.jit
-def _sum_squares(
-    w_address, g_address, start, count, whole, factor, decay, w_unit, g_unit, d_unit,
-    BLOCK: tl.constexpr, THREADS: tl.constexpr, W_DT: tl.constexpr, G_DT: tl.constexpr,
-    W_ALIGN: tl.constexpr, G_ALIGN: tl.constexpr, EMULATE_BF16: tl.constexpr,
+def _add2(a0, b0, a1, b1):
+    return a0 + a1, b0 + b1
+
+
+@triton.jit
+def _add3(a0, b0, c0, a1, b1, c1):
+    return a0 + a1, b0 + b1, c0 + c1
+
+
+@triton.jit
+def _sum3(a, b, c, EMULATE_BF16: tl.constexpr):
+    """Sums of three tensors: one trip through shared memory for the three of them.
+
+    The interpreter runs a reduction of several tensors element by element, and one sum as a whole.
+    """
+    if EMULATE_BF16:
+        return tl.sum(a), tl.sum(b), tl.sum(c)
+    return tl.reduce((a, b, c), 0, _add3)
+
+
+@triton.jit
+def _squares(
+    w, g, factor, decay, w_unit, g_unit, d_unit, RESCALE: tl.constexpr, W_DT: tl.constexpr,
+    G_DT: tl.constexpr, EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
-    """Fp32 sums of (w_unit·w)², (g_unit·s·g)² and (d_unit·d)² over one chunk.
+    """(w_unit·w)², (g_unit·s·g)² and (d_unit·d)² of loaded elements."""
+    w = widen(w, W_DT, EMULATE_BF16)
+    if G_DT is None:
+        g = w * 0
+    else:
+        g = widen(g, G_DT, EMULATE_BF16)
+    d = direction(w, g, factor, decay)
+    g = g * factor
+    if RESCALE:
+        w, g, d = w * w_unit, g * g_unit, d * d_unit
+    return w * w, g * g, d * d
+
+
+@triton.jit
+def _sum_squares(
+    w, g, w_address, g_address, start, count, whole, factor, decay, w_unit, g_unit, d_unit,
+    RESCALE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr,
+    W_DT: tl.constexpr, G_DT: tl.constexpr, W_ALIGN: tl.constexpr, G_ALIGN: tl.constexpr,
+    EMULATE_BF16: tl.constexpr,
+):  # fmt: skip
+    """Fp32 sums of squares over one chunk, whose first whole block was loaded as w and g.
 
     G_DT None: there is no g, and its sum is 0.
     """
@@ -45,25 +103,20 @@ def _sum_squares(
     w_sum = tl.zeros([THREADS], tl.float32)
     g_sum = tl.zeros([THREADS], tl.float32)
     d_sum = tl.zeros([THREADS], tl.float32)
-    # Whole blocks: no mask, so that the hints give 128-bit loads.
-    lane = tl.arange(0, BLOCK)
-    w_at = pointer_to(w_address, W_DT, W_ALIGN, EMULATE_BF16)
-    if G_DT is not None:
-        g_at = pointer_to(g_address, G_DT, G_ALIGN, EMULATE_BF16)
     block = whole * 0
     while block < whole:
-        first = start + element_offset(block, BLOCK)
-        w = widen(tl.load(w_at + first + lane), W_DT, EMULATE_BF16)
-        g = w * 0
-        if G_DT is not None:
-            g = widen(tl.load(g_at + first + lane), G_DT, EMULATE_BF16)
-        d = (g * factor + decay * w) * d_unit
-        w = w * w_unit
-        g = g * factor * g_unit
-        w_sum += _by_thread(w * w, BLOCK, THREADS, VECTOR)
-        g_sum += _by_thread(g * g, BLOCK, THREADS, VECTOR)
-        d_sum += _by_thread(d * d, BLOCK, THREADS, VECTOR)
+        w2, g2, d2 = _squares(
+            w, g, factor, decay, w_unit, g_unit, d_unit, RESCALE, W_DT, G_DT, EMULATE_BF16
+        )
+        w_sum += _by_thread(w2, BLOCK, THREADS, VECTOR)
+        g_sum += _by_thread(g2, BLOCK, THREADS, VECTOR)
+        d_sum += _by_thread(d2, BLOCK, THREADS, VECTOR)
         block += 1
+        if BLOCK < CHUNK:
+            w, g = load_pair(
+                w_address, g_address, start + element_offset(block, BLOCK), block < whole,
+                BLOCK, W_DT, G_DT, W_ALIGN, G_ALIGN, EMULATE_BF16,
+            )  # fmt: skip
     # The rest, and everything of a misaligned tensor: masked, element by element.
     thread = tl.arange(0, THREADS)
     w_any = pointer_to(w_address, W_DT, 1, EMULATE_BF16)
@@ -71,20 +124,36 @@ def _sum_squares(
         g_any = pointer_to(g_address, G_DT, 1, EMULATE_BF16)
     done = whole * BLOCK
     while done < count:
-        mask = done + thread < count
-        first = start + done
-        w = widen(tl.load(w_any + first + thread, mask=mask, other=0), W_DT, EMULATE_BF16)
-        g = w * 0
-        if G_DT is not None:
-            g = widen(tl.load(g_any + first + thread, mask=mask, other=0), G_DT, EMULATE_BF16)
-        d = (g * factor + decay * w) * d_unit
-        w = w * w_unit
-        g = g * factor * g_unit
-        w_sum += w * w
-        g_sum += g * g
-        d_sum += d * d
-        done += THREADS
-    return tl.sum(w_sum), tl.sum(g_sum), tl.sum(d_sum)
+        for turn in tl.static_range(TAIL_TURNS):  # unrolled: their loads are in flight together
+            mask = done + turn * THREADS + thread < count
+            at = start + done + turn * THREADS + thread
+            w_one = tl.load(w_any + at, mask=mask, other=0)
+            g_one = w_one
+            if G_DT is not None:
+                g_one = tl.load(g_any + at, mask=mask, other=0)
+            w2, g2, d2 = _squares(
+                w_one, g_one, factor, decay, w_unit, g_unit, d_unit,
+                RESCALE, W_DT, G_DT, EMULATE_BF16,
+            )  # fmt: skip
+            w_sum += w2
+            g_sum += g2
+            d_sum += d2
+        done += TAIL_TURNS * THREADS
+    return _sum3(w_sum, g_sum, d_sum, EMULATE_BF16)
+
+
+@triton.jit
+def load_pair(
+    w_address, g_address, at, there,
+    BLOCK: tl.constexpr, W_DT: tl.constexpr, G_DT: tl.constexpr,
+    W_ALIGN: tl.constexpr, G_ALIGN: tl.constexpr, EMULATE_BF16: tl.constexpr,
+):  # fmt: skip
+    """A whole block of w and g. Without a hint: the update will read them again."""
+    w = load_block(w_address, at, there, BLOCK, W_DT, W_ALIGN, "", EMULATE_BF16)
+    g = w
+    if G_DT is not None:
+        g = load_block(g_address, at, there, BLOCK, G_DT, G_ALIGN, "", EMULATE_BF16)
+    return w, g
 
 
 @triton.jit
@@ -107,64 +176,76 @@ def _in_plain_units(total, unit):
 
 @triton.jit
 def chunk_square_sums(
-    w_address, g_address, start, count, whole, factor, decay,
-    BLOCK: tl.constexpr, THREADS: tl.constexpr, W_DT: tl.constexpr, G_DT: tl.constexpr,
-    W_ALIGN: tl.constexpr, G_ALIGN: tl.constexpr, EMULATE_BF16: tl.constexpr,
+    w, g, w_address, g_address, start, count, whole, factor, decay,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr,
+    W_DT: tl.constexpr, G_DT: tl.constexpr, W_ALIGN: tl.constexpr, G_ALIGN: tl.constexpr,
+    EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
     """Float64 sums of w², (s·g)² and d² over one chunk, right over the whole range of fp32.
 
-    Squares leave fp32's range long before the elements do. Such a chunk (all zeros also looks
-    like one) is summed a second time in rescaled units; its elements are still in L2.
+    `w`, `g`: its first block (`load_pair`). Squares leave fp32's range long before the elements do.
+    Such a chunk (all zeros also looks like one) is summed a second time in rescaled units; its
+    elements are still in L2.
     """
-    w_unit = tl.full([], 1.0, tl.float32)
-    g_unit = tl.full([], 1.0, tl.float32)
-    d_unit = tl.full([], 1.0, tl.float32)
-    w2 = tl.full([], 0.0, tl.float64)
-    g2 = tl.full([], 0.0, tl.float64)
-    d2 = tl.full([], 0.0, tl.float64)
-    tries = tl.full([], 0, tl.int32)
-    while tries < 2:
-        w_sum, g_sum, d_sum = _sum_squares(
-            w_address, g_address, start, count, whole, factor, decay, w_unit, g_unit, d_unit,
-            BLOCK, THREADS, W_DT, G_DT, W_ALIGN, G_ALIGN, EMULATE_BF16,
+    one = tl.full([], 1.0, tl.float32)
+    w_sum, g_sum, d_sum = _sum_squares(
+        w, g, w_address, g_address, start, count, whole, factor, decay, one, one, one,
+        False, CHUNK, BLOCK, THREADS, W_DT, G_DT, W_ALIGN, G_ALIGN, EMULATE_BF16,
+    )  # fmt: skip
+    w_unit = _rescue_unit(w_sum)
+    g_unit = _rescue_unit(g_sum)
+    d_unit = _rescue_unit(d_sum)
+    fits = w_unit == 1.0
+    if G_DT is not None:  # without g there are no other sums
+        fits = fits & (g_unit == 1.0) & (d_unit == 1.0)
+    if not fits:
+        w, g = load_pair(
+            w_address, g_address, start, whole > 0,
+            BLOCK, W_DT, G_DT, W_ALIGN, G_ALIGN, EMULATE_BF16,
         )  # fmt: skip
-        w2 = _in_plain_units(w_sum, w_unit)
-        g2 = _in_plain_units(g_sum, g_unit)
-        d2 = _in_plain_units(d_sum, d_unit)
-        fits = _in_range(w_sum)
-        if G_DT is not None:  # without g there are no other sums
-            fits = fits & _in_range(g_sum) & _in_range(d_sum)
-        w_unit = _rescue_unit(w_sum)
-        g_unit = _rescue_unit(g_sum)
-        d_unit = _rescue_unit(d_sum)
-        tries = tl.where(fits, 2, tries + 1)
-    return w2, g2, d2
+        w_sum, g_sum, d_sum = _sum_squares(
+            w, g, w_address, g_address, start, count, whole, factor, decay, w_unit, g_unit, d_unit,
+            True, CHUNK, BLOCK, THREADS, W_DT, G_DT, W_ALIGN, G_ALIGN, EMULATE_BF16,
+        )  # fmt: skip
+    return (
+        _in_plain_units(w_sum, w_unit),
+        _in_plain_units(g_sum, g_unit),
+        _in_plain_units(d_sum, d_unit),
+    )
 
 
 @triton.jit
 def store_triple(table, row, w2, g2, d2):
     """Put three sums into row `row` of a table: a chunk's slot, or a tensor's result."""
-    tl.store(table + 3 * row, w2)
-    tl.store(table + 3 * row + 1, g2)
-    tl.store(table + 3 * row + 2, d2)
+    tl.store(table + 3 * row + W2, w2)
+    tl.store(table + 3 * row + G2, g2)
+    tl.store(table + 3 * row + D2, d2)
 
 
 @triton.jit
-def sum_partials(partials, first_slot, chunks, LANES: tl.constexpr):
-    """Sum of a tensor's slots, always in the same order: the result is bitwise repeatable.
+def sum_partials(
+    partials, first_slot, chunks, one, other, LANES: tl.constexpr, EMULATE_BF16: tl.constexpr
+):
+    """Sums over a tensor's slots of two of their words, W2, G2 or D2 (`layout.py`).
 
-    `.cg` reads past L1, which may hold the slots as they were in an earlier step.
+    Always in the same order: the result is bitwise repeatable. Several turns at once, so that their
+    loads are in flight together; two words, because registers for three would split them up. `.cg`
+    reads past L1, which may hold the slots as they were in an earlier step.
     """
     lane = tl.arange(0, LANES)
-    w2 = tl.zeros([LANES], tl.float64)
-    g2 = tl.zeros([LANES], tl.float64)
-    d2 = tl.zeros([LANES], tl.float64)
+    a = tl.zeros([LANES], tl.float64)
+    b = tl.zeros([LANES], tl.float64)
     done = chunks * 0
     while done < chunks:
-        mask = done + lane < chunks
-        at = partials + 3 * (first_slot + done + lane)
-        w2 += tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
-        g2 += tl.load(at + 1, mask=mask, other=0.0, cache_modifier=".cg")
-        d2 += tl.load(at + 2, mask=mask, other=0.0, cache_modifier=".cg")
-        done += LANES
-    return tl.sum(w2), tl.sum(g2), tl.sum(d2)
+        for turn in tl.static_range(PARTIAL_TURNS):
+            slot = done + turn * LANES + lane
+            mask = slot < chunks
+            at = partials + 3 * (first_slot + slot)
+            a += tl.load(at + one, mask=mask, other=0.0, cache_modifier=".cg")
+            b += tl.load(at + other, mask=mask, other=0.0, cache_modifier=".cg")
+        done += PARTIAL_TURNS * LANES
+    if EMULATE_BF16:
+        a, b = tl.sum(a), tl.sum(b)
+    else:
+        a, b = tl.reduce((a, b), 0, _add2)
+    return a, b

@@ -18,18 +18,25 @@ class Row(NamedTuple):
     num_warps: int
     programs: int
     """Programs a multiprocessor."""
+    order: str
+    """Of the work list: "ahead" or "grouped" (`lars_fused/_engine/plan.py`)."""
+    lag: float
+    """Items between the last norm of a tensor and its first update, as a multiple of the programs
+    of all multiprocessors."""
     window: int | None
-    """Bytes of w and g that may lie between a norm item and its update item; None for the share of
-    the device's L2 that leaves room for v as well."""
+    """Bytes of w and g that a group of order "grouped" may span; None for the share of the device's
+    L2 that leaves room for v as well."""
     evict: str
     """Eviction policy of the update pass, which uses everything for the last time."""
     poll_atomic: bool
     """Poll with an atomic read instead of a volatile load."""
+    backoff: int
+    """Nanoseconds that a program sleeps between two polls; 0 where it cannot."""
     launches: int
     """1: norms and updates in one launch; 2: norms, then updates."""
     step_registers: int | None
-    """Registers a thread that the compiler may take in `lars_step`. Left alone (None), ptxas aims
-    for 64 or 80 and spills a few bytes."""
+    """Registers a thread that the compiler may take in `lars_step`. On sm_80 and sm_90, with more
+    (128 fit) ptxas hoists until it spills a register or two (compiled)."""
     update_registers: int | None
     """Likewise in `lars_update`. `l2norm` is left alone."""
     record: str
@@ -43,14 +50,35 @@ WINDOW_SHARE = 0.47
 
 ROWS = {
     # The longest prefix of an architecture's name wins.
-    "sm": Row(4096, 2048, 128, 128, 4, 4, None, "evict_first", False, 1, 96, 64, _PREDICTED),
+    "sm": Row(
+        chunk=4096, block=2048, threads=128, lanes=128, num_warps=4, programs=4,
+        order="ahead", lag=1.0, window=None, evict="evict_first",
+        poll_atomic=False, backoff=200, launches=1, step_registers=104, update_registers=64,
+        record=_PREDICTED,
+    ),
+    # ptxas for sm_100 spills with blocks of 2,048 at every cap from 96 to 128. With blocks of 1,024
+    # at 96, where five programs fit, two cases of triton 3.6.0 spill one word; at 128 none does.
+    "sm_10": Row(
+        chunk=4096, block=1024, threads=128, lanes=128, num_warps=4, programs=4,
+        order="ahead", lag=1.0, window=None, evict="evict_first",
+        poll_atomic=False, backoff=200, launches=1, step_registers=128, update_registers=64,
+        record=_PREDICTED,
+    ),
     # Spinning in a loop has known compiler bugs on AMD (README, "Two launches").
-    "gfx": Row(4096, 2048, 256, 128, 4, 4, None, "", True, 2, None, None, _PREDICTED),
+    "gfx": Row(
+        chunk=4096, block=2048, threads=256, lanes=128, num_warps=4, programs=4,
+        order="grouped", lag=1.0, window=None, evict="",
+        poll_atomic=True, backoff=0, launches=2, step_registers=None, update_registers=None,
+        record=_PREDICTED,
+    ),
     # The interpreter's cost is per operation: few, large blocks. Three programs: more than one.
     "interpreter": Row(
-        8192, 4096, 1024, 256, 4, 3, 1_000_000, "", False, 1, None, None, "test time on a CPU"
+        chunk=8192, block=4096, threads=1024, lanes=256, num_warps=4, programs=3,
+        order="ahead", lag=1.0, window=1_000_000, evict="",
+        poll_atomic=False, backoff=0, launches=1, step_registers=None, update_registers=None,
+        record="test time on a CPU",
     ),
-}
+}  # fmt: skip
 
 
 def compile_options(kernel: str, row: Row) -> dict[str, int]:
