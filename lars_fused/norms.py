@@ -1,4 +1,4 @@
-"""L2 norms of many tensors, and clipping by the global norm, without a host synchronisation."""
+"""L2 norms of many tensors, and clipping by the global norm, without synchronising the host."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from . import checks, launch, portable, sharding, tables
-from .reference import Options
+from . import options as table
+from ._engine import launch, sharding, torch_step, validate
+from ._engine.launch_tables import Contents, LaunchTables
+from ._engine.tensors import Addresses, Scaling
+from .options import Options
 
-_NORM_OPTIONS = Options(weight_decay=0.0)
+_NORM_OPTIONS = [Options(weight_decay=0.0)]
 _KEPT_LISTS = 8
 _kept = threading.local()  # two threads may ask for the norms of the same shapes at once
 
@@ -20,38 +23,39 @@ _kept = threading.local()  # two threads may ask for the norms of the same shape
 def multi_tensor_l2norm(
     tensors: Sequence[Tensor], per_tensor: bool = True, *, backend: str = "auto"
 ) -> Tensor:
-    """L2 norms of tensors, in one launch for each device and dtype.
+    """L2 norms of many tensors, in one launch per device and dtype.
 
-    N(x) = sqrt(Σ x²), summed in fp32 within a block and float64 beyond, and right from the smallest
-    to the largest magnitude of the dtype.
+    N(x) = sqrt(Σ x²), accumulated in fp32 within a block (4,096 elements on a CPU) and in float64
+    across blocks; accurate over the dtype's whole range of magnitudes.
 
     Args:
         tensors: floating-point tensors of any shape and strides.
-        per_tensor: True for one norm a tensor, False for the norm of all of them together.
-        backend: "auto", "triton" or "torch", as for `LARS`. While a CUDA graph is captured the
-            portable path runs.
+        per_tensor: True for one norm per tensor, False for the norm of all of them together.
+        backend: "auto", "triton" or "torch", as for `LARS`. During CUDA graph capture the portable
+            path runs.
 
     Returns:
         float64 on the first tensor's device (float32 on MPS): shape [len(tensors)], or [] with
-        `per_tensor=False`. An empty list gives an empty tensor, or 0.
+        `per_tensor=False`. An empty list yields an empty tensor, or 0.
 
     Raises:
         TypeError, RuntimeError: for tensors that are not dense floating-point tensors, or that
-            backend="triton" does not take.
+            backend="triton" does not support.
     """
-    checks.check_choice("backend", backend, checks.BACKENDS, "multi_tensor_l2norm: ")
+    table.check_choice("backend", backend, table.BACKENDS, "multi_tensor_l2norm: ")
     tensors = list(tensors)
     for i, t in enumerate(tensors):
         if not isinstance(t, Tensor):
             raise TypeError(
                 f"multi_tensor_l2norm: tensors[{i}] is a {type(t).__name__}; must be a tensor"
             )
-        checks.check_readable(t, f"tensors[{i}]")
-        sharding.check(t, {}, partial(checks.describe, f"tensors[{i}]", t))
+        validate.check_readable(t, f"tensors[{i}]")
+        sharding.check(t, {}, partial(validate.describe, f"tensors[{i}]", t))
     if not tensors:
         return torch.zeros([0] if per_tensor else [], dtype=torch.float64, device="cpu")
-    squares = _squares([sharding.local(t.detach()) for t in tensors], backend)
-    sharding.Shards(tensors).add_up_squares(squares)
+    with torch.no_grad():
+        squares = _squares([sharding.local(t) for t in tensors], backend)
+        sharding.Shards(tensors).add_up_squares(squares)
     return squares.sqrt() if per_tensor else squares.sum().sqrt()
 
 
@@ -59,50 +63,65 @@ def _squares(tensors: list[Tensor], backend: str) -> Tensor:
     home = tensors[0].device
     found: list[Tensor | None] = [None] * len(tensors)
     taken: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    others: dict[torch.device, list[int]] = {}
+    why_not: dict[torch.device, str | None] = {}
     for i, t in enumerate(tensors):
-        reason = "forced" if backend == "torch" else _why_not(t.device)
-        if reason is None and t.dtype not in checks.STORAGE_DTYPES:
-            reason = f"it is {t.dtype}; the kernels take float32, float16 and bfloat16"
-        if reason is None and not checks.dense(t):
+        if t.device not in why_not:
+            why_not[t.device] = "forced" if backend == "torch" else _why_not(t.device)
+        reason = why_not[t.device]
+        if reason is None and t.dtype not in validate.STORAGE_DTYPES:
+            reason = f"it is {t.dtype}; the kernels support {validate.STORAGE_TEXT}"
+        if reason is None and not validate.dense(t):
             reason = "its elements are not adjacent in memory; use a contiguous tensor"
+        if reason is None and not validate.in_memory(t):
+            reason = f"it is a {type(t).__name__}, which has no memory of its own"
         if reason is None:
             taken.setdefault((t.device, t.dtype), []).append(i)
         elif backend == "triton":
             raise RuntimeError(
-                f"{checks.describe(f'tensors[{i}]', t)}: backend='triton' cannot read it: {reason}"
+                f"{validate.describe(f'tensors[{i}]', t)}: backend='triton' cannot read it: "
+                f"{reason}"
             )
         else:
-            found[i] = portable.squared_norm(t).to(home)
-    for (device, dtype), index in taken.items():
-        sums = _sums_of_squares(device, dtype, [tensors[i] for i in index])
-        if len(index) == len(tensors):
-            return sums
-        for i, square in zip(index, sums.to(home), strict=True):
+            others.setdefault(t.device, []).append(i)
+    parts = [(i, torch_step.squared_norms([tensors[k] for k in i])) for i in others.values()]
+    parts += [
+        (index, _sums_of_squares(device, dtype, [tensors[i] for i in index]))
+        for (device, dtype), index in taken.items()
+    ]
+    if len(parts) == 1:
+        return parts[0][1]
+    for index, squares in parts:
+        for i, square in zip(index, squares.to(home), strict=True):
             found[i] = square
     return torch.stack([f for f in found if f is not None])
 
 
 def _why_not(device: torch.device) -> str | None:
     if launch.capturing(device):
-        return "a CUDA graph is being captured, for which no tables are kept; use backend='torch'"
+        return "norms cannot be captured into a CUDA graph by the kernels; use backend='torch'"
     return launch.why_not(device)
 
 
 def _sums_of_squares(device: torch.device, dtype: torch.dtype, tensors: list[Tensor]) -> Tensor:
-    """One launch. The tables of the last few lists of shapes are kept: gradients come again."""
+    """One launch. Tables of the most recent lists of shapes are cached: gradients recur."""
     numels = tuple(t.numel() for t in tensors)
     row = launch.kernels().tuning.row_for(launch.architecture(device)[0])
     works = _kept.__dict__.setdefault("works", {})
-    # Taken out while it is at work: what an exception leaves behind is not used again.
+    # Removed from the cache while in use: tables left behind by an exception are not reused.
     work = works.pop((device, dtype, numels, row), None)
     n = len(tensors)
     if work is None:
         dtypes = launch.Dtypes(dtype, None, torch.float32)
-        work = tables.Work(device, dtypes, numels, [False] * n, [0] * n, [False] * n, 1)
-        options, address = tables.group_row(_NORM_OPTIONS, device)
-        work.set_groups([options], [address])
-    work.point([t.data_ptr() for t in tensors], [0] * n, [0] * n, [0] * n)
-    work.norms()
+        never = (False,) * n
+        # Cached tables must also serve calls outside of inference mode.
+        with torch.inference_mode(False), torch.no_grad():
+            contents = Contents(numels, never, (0,) * n, never, 1)
+            work = LaunchTables(device, dtypes, contents, halves=True)
+        work.set_groups(_NORM_OPTIONS)
+    nothing = [0] * n
+    work.point(Addresses([t.data_ptr() for t in tensors], nothing, nothing, nothing))
+    work.norms(Scaling())
     sums: Tensor = work.sums[:, 0].clone()
     while len(works) >= _KEPT_LISTS:
         works.pop(next(iter(works)))
@@ -120,21 +139,21 @@ def clip_grad_norm_(
 ) -> Tensor:
     """Scale all gradients in place so that their joint L2 norm is at most `max_norm`.
 
-    g = g · min(1, max_norm / (N + 1e-6)) with N the norm over all gradients, as
-    `torch.nn.utils.clip_grad_norm_`, which this replaces.
+    g = g · min(1, max_norm / (N + 1e-6)) with N the norm over all gradients: a
+    replacement for `torch.nn.utils.clip_grad_norm_`.
 
     Args:
-        parameters: tensors whose `.grad` is to be clipped; those without one are passed over.
+        parameters: tensors whose `.grad` is to be clipped; those without one are skipped.
         max_norm: largest norm allowed, >= 0.
-        error_if_nonfinite: raise if N is NaN or infinite. Waits for the device.
+        error_if_nonfinite: raise if N is NaN or infinite. Synchronises with the device.
         backend: "auto", "triton" or "torch", as for `LARS`.
 
     Returns:
-        N before clipping, as a tensor: no host synchronisation unless it is turned into a number.
+        N before clipping, as a tensor; the host is not synchronised until you read its value.
 
     Raises:
         ValueError: if `max_norm` is negative or NaN.
-        RuntimeError: if N is not finite and `error_if_nonfinite` is True; nothing is changed.
+        RuntimeError: if N is not finite and `error_if_nonfinite` is True; no gradient is modified.
     """
     if isinstance(max_norm, bool) or not isinstance(max_norm, (int, float)) or not max_norm >= 0:
         raise ValueError(
@@ -146,12 +165,14 @@ def clip_grad_norm_(
     if error_if_nonfinite and not torch.isfinite(total):
         raise RuntimeError(
             f"clip_grad_norm_: the norm of the gradients is {float(total)}; "
-            "set error_if_nonfinite=False to clip all the same"
+            "set error_if_nonfinite=False to clip anyway"
         )
     factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
     by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for g in map(sharding.local, grads):
         by_kind.setdefault((g.device, g.dtype), []).append(g)
-    for (device, _), same in by_kind.items():
-        torch._foreach_mul_(same, factor.to(device))
+    for (device, dtype), same in by_kind.items():
+        # On a device, a factor of another dtype would cost one launch per tensor.
+        kind = factor.dtype if device.type == "cpu" else dtype
+        torch._foreach_mul_(same, factor.to(device, kind))
     return total

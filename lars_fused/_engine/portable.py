@@ -1,7 +1,7 @@
-"""The portable backend: the reference applied in place, on any device and any strides.
+"""The reference backend: `lars_fused.reference` applied in place, on any device and any strides.
 
-In float64, piece by piece, each stored value rounded once. Beside parameters, gradients and state
-it takes the memory of one piece.
+In float64, piece by piece, each stored value rounded once. Besides parameters, gradients and state
+it needs the memory of one piece.
 """
 
 from __future__ import annotations
@@ -12,13 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from .. import reference
+from ..options import Options
+
+
+def objection(*_: Any) -> str | None:
+    """None: the reference can update every tensor."""
+    return None
 
 
 def pieces(tensors: Sequence[Tensor | None], size: int | None) -> Iterator[list[Any]]:
     """Equal views of same-shaped tensors, each of at most `size` elements (or one row).
 
-    None: what stays in a CPU's cache, or is worth a launch on any other device.
+    `size` None: as much as stays in a CPU's cache, or is worth a launch on any other device.
     """
     first = next(t for t in tensors if t is not None)
     shape = first.shape
@@ -36,10 +42,10 @@ def pieces(tensors: Sequence[Tensor | None], size: int | None) -> Iterator[list[
 
 def step_(
     weights: Sequence[Tensor], grads: Sequence[Tensor], buffers: Sequence[Tensor | None],
-    copies: Sequence[Tensor | None], options: Sequence[reference.Options], first: Sequence[bool],
+    copies: Sequence[Tensor | None], options: Sequence[Options], first: Sequence[bool],
     scale: Any = 1.0, sums: Tensor | None = None, size: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """One step of a list of tensors; gives their sums and trust ratios."""
+    """One step on a list of tensors; returns their sums and trust ratios."""
     sums = square_sums_of(weights, grads, options, scale, size) if sums is None else sums
     ratios, decays = reference.trust_ratios(sums, options)
     for i, (w, g, v, c) in enumerate(zip(weights, grads, buffers, copies, strict=True)):
@@ -58,10 +64,10 @@ def step_(
 
 
 def square_sums_of(
-    weights: Sequence[Tensor], grads: Sequence[Tensor], options: Sequence[reference.Options],
+    weights: Sequence[Tensor], grads: Sequence[Tensor], options: Sequence[Options],
     scale: Any = 1.0, size: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """`reference.square_sums` of every tensor, one row each, added up piece by piece."""
+    """`reference.square_sums`, one row per tensor, accumulated piece by piece."""
     # MPS has no float64.
     wide = torch.float32 if weights[0].device.type == "mps" else torch.float64
     rows = []
