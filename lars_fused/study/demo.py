@@ -10,24 +10,18 @@ import argparse
 import math
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
-from lars_fused.study import report
-from lars_fused.study.digits import Digits, load, small_alexnet_bn, steps_for
-from lars_fused.study.replay import Difference, replay, replay_interpreted
-from lars_fused.study.training import (
-    Recipe,
-    Recorder,
-    Run,
-    lars,
-    sgd,
-    sgd_tuned,
-    train,
-    warmup_steps,
-)
+from lars_fused.study import demo_report as report
+from lars_fused.study.data import Data, load
+from lars_fused.study.demo_recipes import WARMUP, Recipe, lars, sgd, sgd_tuned, shared
+from lars_fused.study.loop import Trainer
+from lars_fused.study.networks.alexnet import small_alexnet_bn
+from lars_fused.study.order import steps_for
+from lars_fused.study.replay import Difference, Recorder, replay, replay_interpreted
 
 REPLAYED_STEPS = 3
 
@@ -51,47 +45,42 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--seeds must be at least 1, not {chosen.seeds}")
     if not 0 < chosen.epochs < math.inf:
         parser.error(f"--epochs must be positive, not {chosen.epochs}")
-    images = len(load().train_labels)
+    images = len(load("digits").train)
     if not 2 <= chosen.batch <= images:
         parser.error(f"--batch must lie in 2..{images} (the training images), not {chosen.batch}")
     return chosen
 
 
 def train_all(
-    data: Digits, recipes: list[Recipe], args: argparse.Namespace
-) -> tuple[list[Run], Recorder]:
+    data: Data, recipes: list[Recipe], args: argparse.Namespace
+) -> tuple[list[report.Run], Recorder]:
     """Every recipe with every seed, and the first steps of the first LARS run."""
     # Imported here, as matplotlib and scikit-learn are: all of the extra `study`.
     from tqdm import tqdm
 
     recorder = Recorder(REPLAYED_STEPS)
-    runs: list[Run] = []
-    steps = steps_for(args.epochs, args.batch, len(data.train_labels))
+    runs: list[report.Run] = []
+    steps = steps_for(args.epochs, args.batch, len(data.train))
     total = steps * len(recipes) * args.seeds
     # A bar in a file is noise: without a terminal the line of each finished run is the progress.
     with tqdm(total=total, unit="step", leave=False, disable=not sys.stderr.isatty()) as bar:
-
-        def progress(run: Run) -> None:
-            bar.set_postfix_str(f"{run.recipe}, seed {run.seed}, loss {run.losses[-1]:.3f}", False)
-            bar.update()
-
         for recipe in recipes:
             for seed in range(args.seeds):
                 watch = recorder if recipe.name == "LARS" and seed == 0 else None
-                run = train(
-                    data,
-                    recipe,
-                    seed=seed,
-                    epochs=args.epochs,
-                    batch=args.batch,
-                    recorder=watch,
-                    progress=progress,
-                )
+                settings = replace(recipe.settings, seed=seed)
+                trainer = Trainer(settings, data, model=small_alexnet_bn, recorder=watch)
+
+                def progress(trainer: Trainer, name: str = recipe.name) -> None:
+                    loss = trainer.history.losses[-1]
+                    seed = trainer.settings.seed
+                    bar.set_postfix_str(f"{name}, seed {seed}, loss {loss:.3f}", False)
+                    bar.update()
+
+                run = report.Run(recipe.name, seed, trainer.run(progress), trainer.seconds)
                 runs.append(run)
-                text = (
+                bar.write(
                     f"  {run.recipe:11s} seed {seed}: {run.accuracy:6.2f} %  ({run.seconds:.1f} s)"
                 )
-                bar.write(text)
                 sys.stdout.flush()
     return runs, recorder
 
@@ -127,26 +116,22 @@ def main(argv: list[str] | None = None) -> int:
     args = options(argv)
     began = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    # On a CPU the portable backend is named, so that TRITON_INTERPRET=1 in the user's shell does
-    # not send every training step through the interpreter.
-    backend = "triton" if device.type == "cuda" else "torch"
     if device.type == "cuda":
         print(f"GPU: {torch.cuda.get_device_name()}: LARS trains with the kernels.")
     else:
         print("No GPU: LARS trains with the portable backend; its first steps are replayed below.")
-    data = load().to(device)
-    recipes = [lars(backend), sgd(args.batch), sgd_tuned()]
-    images, steps = (
-        len(data.train_labels),
-        steps_for(args.epochs, args.batch, len(data.train_labels)),
-    )
+    data = load("digits")
+    base = shared(args.epochs, args.batch)
+    recipes = [lars(base), sgd(base), sgd_tuned(base)]
+    images = len(data.train)
+    steps = steps_for(args.epochs, args.batch, images)
     title = (
         f"{images:,} handwritten digits, batch {args.batch:,}, {args.epochs:g} epochs "
         f"({steps} steps), {args.seeds} seeds"
     )
-    print(f"{title}; {len(data.test_labels)} images to test")
+    print(f"{title}; {len(data.test)} images to test")
     for recipe in recipes:
-        print(f"  {recipe.name:11s} {recipe.settings}", flush=True)
+        print(f"  {recipe.name:11s} {recipe.about}", flush=True)
 
     runs, recorder = train_all(data, recipes, args)
     print(f"\n{report.accuracy_table(runs)}")
@@ -159,12 +144,9 @@ def main(argv: list[str] | None = None) -> int:
     difference = compare_backends(recorder, device)
     print(f"\n{describe(difference)}")
 
-    args.out.mkdir(parents=True, exist_ok=True)
-    epochs_per_step = args.batch / images
-    warmup = warmup_steps(steps) * epochs_per_step
-    report.plot(runs, epochs_per_step, warmup, title, args.out / "curves.png")
+    report.plot(runs, args.batch / images, WARMUP * args.epochs, title, args.out / "curves.png")
     facts = {
-        "settings": {recipe.name: recipe.settings for recipe in recipes},
+        "settings": {recipe.name: recipe.about for recipe in recipes},
         "seeds": args.seeds,
         "epochs": args.epochs,
         "batch": args.batch,

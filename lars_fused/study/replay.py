@@ -12,13 +12,61 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from lars_fused import LARS
-from lars_fused.study.training import Recorder
+from lars_fused.study import loop
+
+
+def snapshot(tensors: list[Tensor]) -> list[Tensor]:
+    """Copies on the CPU."""
+    return [tensor.detach().to("cpu", copy=True) for tensor in tensors]
+
+
+@dataclass
+class Recorder(loop.Recorder):
+    """Keeps the first steps of a run: enough to take them again with another backend.
+
+    Tensors are in the order of the optimizer's groups; `members` says which belong to which group.
+    """
+
+    steps: int
+    layer_stats: dict[str, Any] = field(default_factory=dict)
+    options: list[dict[str, Any]] = field(default_factory=list)
+    members: list[list[int]] = field(default_factory=list)
+    start: list[Tensor] = field(default_factory=list)
+    lrs: list[list[float]] = field(default_factory=list)
+    gradients: list[list[Tensor]] = field(default_factory=list)
+    weights: list[list[Tensor]] = field(default_factory=list)
+
+    def before(self, optimizer: torch.optim.Optimizer) -> None:
+        """When gradients are ready and the step is not yet taken."""
+        if len(self.lrs) == self.steps:
+            return
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        if not self.lrs:
+            self.start = snapshot(params)
+            index = {id(p): i for i, p in enumerate(params)}
+            for group in optimizer.param_groups:
+                self.members.append([index[id(p)] for p in group["params"]])
+                hidden = ("params", "param_names", "lr", "initial_lr")
+                self.options.append({k: v for k, v in group.items() if k not in hidden})
+        self.lrs.append([float(group["lr"]) for group in optimizer.param_groups])
+        self.gradients.append(snapshot([p.grad for p in params if p.grad is not None]))
+
+    def after(self, optimizer: torch.optim.Optimizer) -> None:
+        """When the step is taken."""
+        if len(self.weights) == self.steps:
+            return
+        if not self.weights and isinstance(optimizer, LARS):
+            self.layer_stats = {str(name): stats for name, stats in optimizer.layer_stats().items()}
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        self.weights.append(snapshot(params))
 
 
 @dataclass

@@ -8,23 +8,28 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from dataclasses import replace
 
-from lars_fused.study.digits import Digits, hold_out, load
-from lars_fused.study.training import SGD_BATCH, Recipe, lars, sgd, train
+from lars_fused.study.data import load
+from lars_fused.study.demo_recipes import SGD_BATCH, Recipe, lars, sgd, shared
+from lars_fused.study.loop import Trainer
+from lars_fused.study.networks.alexnet import small_alexnet_bn
 
 SEEDS = (100, 101, 102)
+HELD_OUT = 250
 SGD_RATES = (0.003125, 0.00625, 0.0125, 0.025, 0.05, 0.1, 0.2, 0.4)
 TRUST_COEFFICIENTS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
 
 
-def score(data: Digits, recipe: Recipe, epochs: float, batch: int) -> tuple[float, float, float]:
+def score(recipe: Recipe) -> tuple[float, float, float]:
     """Mean and standard deviation of the held-out accuracy, and mean of the last loss."""
-    runs = [
-        train(data, recipe, seed=seed, epochs=epochs, batch=batch, evaluations=1) for seed in SEEDS
-    ]
-    accuracies = [run.accuracy for run in runs]
-    loss = statistics.mean(run.losses[-1] for run in runs)
-    return statistics.mean(accuracies), statistics.stdev(accuracies), loss
+    accuracies, losses = [], []
+    for seed in SEEDS:
+        settings = replace(recipe.settings, seed=seed, validation=HELD_OUT, evaluations=1)
+        history = Trainer(settings, load("digits"), model=small_alexnet_bn).run()
+        accuracies.append(history.accuracy)
+        losses.append(history.losses[-1])
+    return statistics.mean(accuracies), statistics.stdev(accuracies), statistics.mean(losses)
 
 
 def main() -> None:
@@ -33,16 +38,21 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=40)
     parser.add_argument("--batch", type=int, default=1024, help="the large batch")
     arguments = parser.parse_args()
-    data = hold_out(load(), 250)
-    epochs, large = arguments.epochs, arguments.batch
-    count = len(data.test_labels)
-    print(f"{epochs:g} epochs, {len(SEEDS)} seeds, accuracy on {count} held-out training images")
-    tried = [(batch, sgd(batch, lr)) for batch in (SGD_BATCH, large) for lr in SGD_RATES]
-    tried += [(large, lars("torch", trust=trust)) for trust in TRUST_COEFFICIENTS]
-    for batch, recipe in tried:
-        mean, std, loss = score(data, recipe, epochs, batch)
+    small = shared(arguments.epochs, SGD_BATCH)
+    large = shared(arguments.epochs, arguments.batch)
+    print(
+        f"{arguments.epochs:g} epochs, {len(SEEDS)} seeds, accuracy on {HELD_OUT} held-out "
+        "training images"
+    )
+    tried = [sgd(base, lr) for base in (large, small) for lr in SGD_RATES]
+    tried += [lars(large, trust=trust) for trust in TRUST_COEFFICIENTS]
+    for recipe in tried:
+        mean, std, loss = score(recipe)
         result = f"{mean:6.2f} ± {std:5.2f} %  last loss {loss:.4f}"
-        print(f"{recipe.name:4s} batch {batch:5d}  {result}  {recipe.settings}", flush=True)
+        print(
+            f"{recipe.name:4s} batch {recipe.settings.batch:5d}  {result}  {recipe.about}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,122 @@
+"""Options that several commands share, and what all commands do with a run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from lars_fused.study import data, networks
+from lars_fused.study.loop import Trainer
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+DATA_HELP = "; ".join(f"{name}: {text}" for name, text in data.NAMES.items())
+NETWORK_HELP = ", ".join(f"{name} ({n.about})" for name, n in networks.NETWORKS.items())
+
+
+class Numbers(click.ParamType):  # type: ignore[type-arg]
+    """Comma-separated numbers of one kind."""
+
+    def __init__(self, kind: type, words: tuple[str, ...] = ()):
+        self.kind, self.words = kind, words
+        self.name = "a,b,c"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[Any, ...]:
+        """The numbers; each of `words` stands for itself."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            found = tuple(p if p in self.words else self.kind(p) for p in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of numbers like 1,2,3", param, ctx)
+        if any(not isinstance(n, str) and not 0 < n < float("inf") for n in found):
+            self.fail(f"{value!r}: the numbers must be positive", param, ctx)
+        if len(set(found)) < len(found):
+            self.fail(f"{value!r} names a number twice", param, ctx)
+        return found
+
+
+class Share(click.ParamType):  # type: ignore[type-arg]
+    """i/n: the i-th of n shares of a sweep, i from 1 to n."""
+
+    name = "i/n"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, int]:
+        """(i, n), i counted from 0."""
+        if isinstance(value, tuple):
+            return value[0], value[1]
+        try:
+            part, whole = map(int, str(value).split("/"))
+        except ValueError:
+            self.fail(f"{value!r} is not i/n, such as 1/4", param, ctx)
+        if not 1 <= part <= whole:
+            self.fail(f"{value!r}: i must lie in 1..n", param, ctx)
+        return part - 1, whole
+
+
+def several(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Many options as one decorator, in the order in which the help lists them."""
+
+    def decorate(command: Command) -> Command:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+def what(network: str, width: float, epochs: float) -> Callable[[Command], Command]:
+    """What is trained: data, network and length, with a command's own defaults."""
+    return several(
+        click.option("--data", default="digits", show_default=True, help=DATA_HELP),
+        click.option("--resolution", default=0, help="Pixels a side; 0 as they are."),
+        click.option("--train-images", default=0, help="Training images to use; 0 for all."),
+        click.option("--network", default=network, show_default=True, help=NETWORK_HELP),
+        click.option("--width", default=width, show_default=True, help="Share of the channels."),
+        click.option("--epochs", default=float(epochs), show_default=True),
+    )
+
+
+def where(default: str) -> Callable[[Command], Command]:
+    """Where results go."""
+    return click.option(
+        "--out",
+        default=default,
+        show_default=True,
+        type=click.Path(file_okay=False, path_type=Path),
+        help="Folder for results; finished runs in it are not repeated.",
+    )
+
+
+only = click.option(
+    "--only",
+    type=Share(),
+    metavar="I/N",
+    help="Do the I-th of N shares of the runs, then stop; `report` merges what is there.",
+)
+
+tensorboard = click.option(
+    "--tensorboard", is_flag=True, help="Write events for TensorBoard as well (needs tensorboard)."
+)
+
+
+@contextmanager
+def bar(steps: int, label: str, quiet: bool = False) -> Iterator[Callable[[Trainer], None]]:
+    """A progress bar of steps; nothing at all without a terminal."""
+    from tqdm import tqdm
+
+    hidden = quiet or not sys.stderr.isatty()
+    with tqdm(total=steps, unit="step", desc=label, leave=False, disable=hidden) as drawn:
+
+        def progress(trainer: Trainer) -> None:
+            if not drawn.n and trainer.step > 1:
+                drawn.update(trainer.step - 1)  # resumed
+            drawn.set_postfix_str(f"loss {trainer.history.losses[-1]:.3f}", refresh=False)
+            drawn.update()
+
+        yield progress

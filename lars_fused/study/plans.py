@@ -1,0 +1,44 @@
+"""The plan of a study, kept beside its runs, so that `report` knows what they were for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lars_fused.study import files
+from lars_fused.study.errors import StudyError
+from lars_fused.study.ranks import alone
+from lars_fused.study.runs import facts
+
+FILE = "study.json"
+
+
+def save(out: Path, command: str, plan: dict[str, Any]) -> None:
+    """Write the plan of a command; a changed plan of the same command replaces the old one.
+
+    Raises:
+        StudyError: the folder holds another command's study.
+    """
+    path = out / FILE
+    if path.exists():
+        held = load(out)
+        if held["study"] != command:
+            raise StudyError(f"--out {out} holds a study of {held['study']}; choose another folder")
+        if held["plan"] == files.plain(plan):
+            return
+    files.write_json(path, {"study": command, "plan": plan, **facts(alone())})
+
+
+def load(out: Path) -> dict[str, Any]:
+    """The plan in a folder, under "plan"; its command under "study".
+
+    Raises:
+        StudyError: there is none.
+    """
+    path = out / FILE
+    if not path.exists():
+        raise StudyError(f"{out} holds no {FILE}: it is not the --out folder of a study")
+    held = files.read_json(path)
+    if not isinstance(held, dict) or not {"study", "plan"} <= held.keys():
+        raise StudyError(f"{path} is not the plan of a study")
+    return held
