@@ -15,7 +15,7 @@ if not (_ROOT / "kernels").is_dir() and (_ROOT.parent / "kernels" / "lars_step.p
     __path__.append(str(_ROOT.parent))
 
 from . import conventions  # noqa: E402
-from .convert import convert_state_dict  # noqa: E402
+from .checkpoints import convert_state_dict  # noqa: E402
 from .functional import lars_step  # noqa: E402
 from .groups import param_groups  # noqa: E402
 from .norms import clip_grad_norm_, multi_tensor_l2norm  # noqa: E402
@@ -36,3 +36,7 @@ __all__ = [
     "param_groups",
     "scaled_lr",
 ]
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

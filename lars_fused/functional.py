@@ -1,17 +1,19 @@
-"""The step without a class, and the checks of its tensors."""
+"""`lars_step`: one LARS step as a function, without an optimizer object."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from . import checks, sharding
-from .batch import Batch
-from .reference import Options
-from .stepper import Stepper
+from . import options as table
+from ._engine import new_state, validate
+from ._engine.new_state import StepState
+from ._engine.prepared_step import PreparedStep
+from ._engine.tensors import Scaling
+from .options import Settings
 
 
 def lars_step(
@@ -37,94 +39,74 @@ def lars_step(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
-    """One LARS step of a list of tensors in place; the equations stand at `LARS`.
+    """Take one LARS step on a list of tensors, in place; see `LARS` for the equations.
 
     Args:
         params: tensors of any shape; float32, float16, bfloat16 or float64; updated in place.
-        grads: one gradient each, same shape and device; not changed.
-        momentum_buffers: one buffer each, same shape; updated in place. An entry None means that
-            the tensor has not been stepped: it is replaced by a new buffer of `momentum_dtype`
-            (float64 for float64 parameters) unless `momentum` is 0.
-        lr: γ, as all that follow up to `maximize` as for `LARS`.
-        momentum: μ.
-        weight_decay: β.
-        trust_coefficient: η.
-        eps: ε.
-        dampening: τ.
-        nesterov: Nesterov momentum.
-        denominator: "sum", "decayed" or "gradient".
-        lr_in_momentum: whether γ is inside the buffer.
-        trust_clip: q = min(q/γ, 1).
-        decay_zero_norm: whether a tensor with a zero norm decays.
-        adapt: whether the trust ratio is used.
-        maximize: maximize the objective.
+        grads: one gradient per parameter, same shape and device; not modified.
+        momentum_buffers: one buffer per parameter, same shape; updated in place. None marks a
+            tensor that has not been stepped yet: the entry is replaced by a new buffer of
+            `momentum_dtype` (float64 for float64 parameters) unless `momentum` is 0.
+        lr: γ; this and every hyper-parameter up to `maximize` as for `LARS`.
+        momentum: μ; with 0 no buffer is read, allocated or written.
+        weight_decay: as for `LARS`.
+        trust_coefficient: as for `LARS`.
+        eps: as for `LARS`.
+        dampening: as for `LARS`.
+        nesterov: as for `LARS`.
+        denominator: as for `LARS`.
+        lr_in_momentum: as for `LARS`.
+        trust_clip: as for `LARS`.
+        decay_zero_norm: as for `LARS`.
+        adapt: as for `LARS`.
+        maximize: as for `LARS`.
         momentum_dtype: storage dtype of new buffers.
         backend: "auto", "triton" or "torch", as for `LARS`.
         grad_scale: float32, one element: gradients are divided by it.
-        found_inf: float32, one element: not 0 skips the step. `momentum_buffers` then stays as it
-            is on a CPU; elsewhere the host cannot know, and new buffers are put there as zeros.
+        found_inf: float32, one element: a non-zero value skips the step. On a CPU
+            `momentum_buffers` is then unchanged; on other devices the host does not read the flag,
+            and missing buffers are filled in with zeros.
 
     Raises:
-        ValueError, TypeError, RuntimeError: for bad input, before anything is changed.
+        ValueError, TypeError, RuntimeError: for bad input, before anything is modified.
     """
-    options = Options(
-        lr, momentum, weight_decay, trust_coefficient, eps, dampening, nesterov, denominator,
-        lr_in_momentum, trust_clip, decay_zero_norm, adapt, maximize,
-    )  # fmt: skip
-    checks.check_options(options._asdict(), "lars_step: ", read_device=False)
-    checks.check_engine(backend, momentum_dtype, False, False)
+    options = table.pick(locals())
+    table.check(options._asdict(), "lars_step: ", read_device=False)
+    table.check_settings(Settings(momentum_dtype, backend=backend), "lars_step: ")
     if not len(params) == len(grads) == len(momentum_buffers):
         raise ValueError(
             f"lars_step: {len(params)} params, {len(grads)} grads and {len(momentum_buffers)} "
-            "momentum_buffers; must be equally many"
+            "momentum_buffers; must have the same length"
         )
-    buffers: list[Tensor | None] = []
 
     def label(i: int) -> str:
-        return checks.describe(f"params[{i}]", params[i])
+        return validate.describe(f"params[{i}]", params[i], what="lars_step")
 
+    seen_at: dict[int, int] = {}
     for i, (p, g, v) in enumerate(zip(params, grads, momentum_buffers, strict=True)):
-        checks.check_writable(p, partial(label, i))
-        check_tensors(p, g, {"momentum_buffer": v}, partial(label, i))
-        buffers.append(new_buffer(p, momentum_dtype) if v is None and momentum else v)
-    ids = list(map(id, params))
-    if len(set(ids)) != len(ids):
-        twice = next(i for i, key in enumerate(ids) if key in ids[:i])
-        raise ValueError(
-            f"{label(twice)}: is a duplicate of params[{ids.index(ids[twice])}]; "
-            "a parameter may stand there once"
-        )
-    if not momentum:
-        buffers = [None] * len(params)
+        validate.check_writable(p, partial(label, i))
+        new_state.check_tensors(p, g, {"momentum_buffer": v}, partial(label, i))
+        if seen_at.setdefault(id(p), i) != i:
+            raise ValueError(
+                f"{label(i)}: is a duplicate of params[{seen_at[id(p)]}]; "
+                "each parameter may appear only once"
+            )
+    buffers: list[Tensor | None] = [None] * len(params)
+    if momentum != 0:
+        buffers = [
+            new_state.new_buffer(p, momentum_dtype) if v is None else v
+            for p, v in zip(params, momentum_buffers, strict=True)
+        ]
     with torch.no_grad():
-        weights, present, held = (
-            [sharding.local(t) for t in tensors] for tensors in (params, grads, buffers)
-        )
-        batch = Batch(weights, present, held, [None] * len(params), [0] * len(params))
         fresh = [v is None for v in momentum_buffers]
-        stepper = Stepper(batch, [options], fresh, backend, label, shards=sharding.Shards(params))
-        if found_inf is not None and found_inf.device.type == "cpu" and found_inf != 0:
+        nothing: list[Tensor | None] = [None] * len(params)
+        state = StepState([*params], [*params], buffers, nothing, fresh)
+        step = PreparedStep(state, [*grads], [0] * len(params), [options], backend, label)
+        scaling = Scaling(grad_scale, found_inf)
+        if scaling.skips_for_certain():
             return
-        stepper.run(batch, [options], grad_scale, found_inf)
-        torch.autograd.graph.increment_version([p for p in params if sharding.layout(p)])
-    if momentum:
+        seen = step.see([*grads])
+        assert seen is not None, "every gradient was checked"
+        step.run(seen, [options], scaling)
+    if momentum != 0:
         momentum_buffers[:] = buffers
-
-
-def check_tensors(
-    p: Tensor, g: Tensor, state: dict[str, Tensor | None], label: Callable[[], str]
-) -> None:
-    """Raise unless a parameter, its gradient and its state go together."""
-    checks.check_parameter(p, label)
-    checks.check_gradient(p, g, label)
-    for key, value in state.items():
-        if value is not None:
-            checks.check_state(p, key, value, label)
-    sharding.check(p, {"gradient": g, **state}, label)
-
-
-def new_buffer(p: Tensor, dtype: torch.dtype) -> Tensor:
-    """Zeros laid out as `p`. A float64 parameter keeps float64 momentum, whatever `dtype` says."""
-    wide = torch.float64 if p.dtype == torch.float64 else dtype
-    part = sharding.local(p)
-    return sharding.like(p, torch.zeros_like(part, dtype=wide, memory_format=torch.preserve_format))

@@ -1,31 +1,29 @@
-"""`LARS`, a `torch.optim.Optimizer`: state, hyper-parameters, checkpoints."""
+"""`LARS`, a `torch.optim.Optimizer`: groups, hyper-parameters, checkpoints. Steps: `_engine`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import partial
-from itertools import chain
-from operator import is_
-from typing import Any, NamedTuple
+import functools
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import agreement, checks, launch
-from .active import Active
-from .checkpoint import Restore
-from .reference import Options
-
-_ENGINE = ("momentum_dtype", "master_weights", "capturable", "backend")
-_MAX_STEPPERS = 8
+from . import options as table
+from ._engine import members, validate
+from ._engine.engine import Engine
+from ._engine.tensors import Scaling
+from .checkpoints.load import Restore
+from .options import Options, Settings
 
 
 class LayerStats(NamedTuple):
-    """What the last step measured of one parameter. Norms are of the whole tensor.
+    """The last step's measurements for one parameter. Norms are of the whole tensor.
 
-    Of a parameter that is split over ranks (DTensor) only the norm that the denominator is made of
-    is known: `decayed_norm` is NaN, or `gradient_norm` with denominator="decayed".
+    For a parameter that is sharded across ranks (DTensor) only the norm used by the denominator is
+    known: `decayed_norm` is NaN, or `gradient_norm` with denominator="decayed".
     """
 
     weight_norm: float
@@ -38,6 +36,44 @@ class LayerStats(NamedTuple):
     """q; 1 where the tensor is not adapted."""
     effective_lr: float
     """γq."""
+
+
+class _Overlap(Protocol):
+    def step(self, closure: Callable[[], Any] | None) -> None: ...
+
+
+def _keyword_only(init: Callable[..., None]) -> Callable[..., None]:
+    """Reject positional hyper-parameters, whose order differs between optimizers."""
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        if len(args) > 2:
+            extra = ", ".join(repr(value) for value in args[2:])
+            raise TypeError(
+                f"LARS: {len(args) - 2} positional arguments after lr ({extra}); their order "
+                "differs between optimizers, so pass them by keyword: "
+                "LARS(params, lr, momentum=0.9, weight_decay=1e-4)"
+            )
+        init(self, *args, **kwargs)
+
+    return checked
+
+
+class _ReadsScale:
+    """`_step_supports_amp_scaling`: whether step() reads GradScaler's scale and flag by itself.
+
+    It does, and takes gradients that were unscaled before just as well. Lightning takes a yes for
+    "gradients cannot be unscaled and clipped", and refuses to clip them: it is told no, unscales
+    them and clips, and GradScaler then hands over its flag alone. An attribute that a user sets on
+    an optimizer or the class goes before this.
+    """
+
+    def __get__(self, optimizer: object, owner: type | None = None) -> bool:
+        asking = sys._getframe(1).f_globals.get("__name__", "")
+        return asking.partition(".")[0] not in _UNSCALE_THEMSELVES
+
+
+_UNSCALE_THEMSELVES = ("lightning", "pytorch_lightning", "lightning_fabric")
 
 
 class LARS(Optimizer):
@@ -55,10 +91,10 @@ class LARS(Optimizer):
         v = μv + (1-τ)q·d     w = w - γv                 lr_in_momentum=False (torch.optim.SGD)
 
     A tensor's first step takes v = γq·d (or q·d), without dampening, as `torch.optim.SGD` does.
-    nesterov: w = w - (γq·d + μv), or w = w - γ(q·d + μv). A momentum of 0 keeps no buffer.
-    q = 1 where N(w) or the norm in D is 0, or where `adapt` is False. Arithmetic is in fp32
-    registers (float64 in the portable path); each stored value is rounded once. `p.grad` is never
-    written.
+    nesterov: w = w - (γq·d + μv), or w = w - γ(q·d + μv). With momentum 0 there is no buffer.
+    q = 1 where N(w) or the norm in D is 0, or where `adapt` is False. Arithmetic is at
+    least fp32 (float64 for float64 parameters), whatever the storage dtype, and each stored value
+    is rounded once. `p.grad` is never written.
 
     Source: You, Gitman, Ginsburg, "Large Batch Training of Convolutional Networks",
     arXiv:1708.03888 (2017), Algorithm 1. `lars_fused.conventions` holds the settings that
@@ -67,33 +103,42 @@ class LARS(Optimizer):
     Args:
         params: parameters, named parameters, or groups of them as dicts. float32, float16,
             bfloat16 (kernels) or float64 (portable path); any shape and strides. DTensors
-            (`fully_shard`, tensor parallelism): norms of whole layers, one all-reduce a step.
-        lr: γ, a float >= 0 or a 1-element tensor; on the parameters' device the kernel reads it.
+            (`fully_shard`, tensor parallelism): norms of whole layers, one all-reduce per step.
+        lr: γ, a float >= 0 or a 1-element tensor; the kernel reads one on the parameters' device.
         momentum: μ in [0, 1].
         weight_decay: β >= 0.
         trust_coefficient: η >= 0.
         eps: ε >= 0, added to D.
         dampening: τ in [0, 1].
-        nesterov: needs momentum and no dampening.
+        nesterov: Nesterov momentum; requires momentum > 0 and dampening 0.
         denominator: "sum", "decayed" or "gradient".
-        lr_in_momentum: whether γ is inside the buffer; they differ when γ changes.
-        trust_clip: LARC's clipping, only where the ratio was adapted.
+        lr_in_momentum: whether γ is inside the buffer; the two differ once γ changes.
+        trust_clip: LARC's clipping; applies only to tensors that are adapted.
         decay_zero_norm: False drops the decay where q = 1 because of a zero norm.
-        adapt: False makes it SGD with momentum (biases, normalisation): see `param_groups`.
+        adapt: False means plain SGD with momentum (biases, normalisation); see `param_groups`.
         maximize: maximize the objective.
-        momentum_dtype: storage of the buffers, for the whole optimizer. float64 parameters keep
-            float64 buffers.
+        momentum_dtype: storage dtype of the buffers, for the whole optimizer. float64 parameters
+            keep float64 buffers.
         master_weights: keep fp32 masters of fp16 and bf16 parameters in the state.
         capturable: allow CUDA graph capture of step(); give lr as a tensor on the device to change
             it between replays.
+        exclude_ndim: tensors of at most this many dimensions are neither adapted nor decayed,
+            whatever their group says; from 1 on also those named as biases, where there are names.
+            For frameworks that make the groups themselves: 1 leaves out what `param_groups` would,
+            but for normalisation weights of more dimensions. The groups stay as they are.
         backend: "auto" (kernels wherever they can run, else the portable path), "triton" or
-            "torch"; `optimizer.backend` says what runs.
+            "torch"; `optimizer.backend` reports which one is in use.
 
-    State of a parameter: `momentum_buffer`, and `master_param` with master_weights.
+    State of a parameter: `momentum_buffer`, and `master_param` with master_weights. A first step
+    with learning rates of 0 and gradients of 0 only allocates it, which is how
+    torch.distributed.checkpoint asks for it.
+
+    GradScaler's scale and overflow flag are read in the kernel. Gradients that were unscaled and
+    clipped before the step work too. Lightning's Trainer and Fabric always unscale and clip before.
 
     Raises:
         ValueError, TypeError: for bad hyper-parameters, here, in add_param_group and in step().
-        RuntimeError: in step() for tensors that cannot be updated, before anything is changed.
+        RuntimeError: in step() for tensors that cannot be updated, before anything is modified.
 
     Example:
         >>> model = torch.nn.Linear(4, 2)
@@ -104,21 +149,23 @@ class LARS(Optimizer):
 
     # GradScaler sets the attributes `grad_scale` and `found_inf` for the time of a step(). They may
     # have no value otherwise, not even None: GradScaler multiplies its scale by one that is there.
-    _step_supports_amp_scaling = True
+    _step_supports_amp_scaling = _ReadsScale()
+    grad_scale: Tensor
+    found_inf: Tensor
 
-    # Set by `distributed.overlap_with_backward`, which takes the steps from then on.
-    _overlap: Any = None
-    _room = _MAX_STEPPERS
-    _compared = False  # sharded parameters with those of the other ranks
+    # Set by `distributed.overlap_with_backward`, which takes over step() from then on.
+    _overlap: _Overlap | None = None
+    _constructed = False
 
+    @_keyword_only
     def __init__(
         self,
         params: Iterable[Any],
         lr: float | Tensor = 1.0,
+        *,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         trust_coefficient: float = 0.001,
-        *,
         eps: float = 1e-8,
         dampening: float = 0.0,
         nesterov: bool = False,
@@ -131,21 +178,16 @@ class LARS(Optimizer):
         momentum_dtype: torch.dtype = torch.float32,
         master_weights: bool = False,
         capturable: bool = False,
+        exclude_ndim: int = -1,
         backend: str = "auto",
     ):
-        options = Options(
-            lr, momentum, weight_decay, trust_coefficient, eps, dampening, nesterov, denominator,
-            lr_in_momentum, trust_clip, decay_zero_norm, adapt, maximize,
-        )._asdict()  # fmt: skip
-        checks.check_options(options)
-        checks.check_engine(backend, momentum_dtype, master_weights, capturable)
-        engine = dict(
-            zip(_ENGINE, (momentum_dtype, master_weights, capturable, backend), strict=True)
-        )
-        # A captured graph uses the tables and the state of its step whenever it is replayed.
-        self._captured: dict[int, Active] = {}
-        self._forget()
-        super().__init__(params, {**options, **engine})
+        defaults = table.pick(locals())._asdict()
+        table.check(defaults, "LARS: ")
+        settings = Settings(momentum_dtype, master_weights, capturable, exclude_ndim, backend)
+        table.check_settings(settings, "LARS: ")
+        self._engine = Engine(settings)
+        super().__init__(params, table.plain(defaults))
+        self._constructed = True
 
     # ------------------------------------------------------------- groups and pickling
 
@@ -153,44 +195,62 @@ class LARS(Optimizer):
         """Add a group; its hyper-parameters default to the optimizer's."""
         if isinstance(param_group, dict):
             where = f"LARS: param_groups[{len(self.param_groups)}]: "
-            for key in _ENGINE:
-                if param_group.get(key, self.defaults[key]) != self.defaults[key]:
+            for name, value in self._settings._asdict().items():
+                if param_group.get(name, value) != value:
                     raise ValueError(
-                        f"{where}{key}={param_group[key]!r} is not a per-group option; "
-                        f"the optimizer has {key}={self.defaults[key]!r}"
+                        f"{where}{name}={param_group[name]!r} is not a per-group option; "
+                        f"the optimizer has {name}={value!r}"
                     )
-            checks.check_options({**self.defaults, **param_group}, where)
-            checks.check_members(param_group, self.param_groups)
+            param_group = {k: v for k, v in param_group.items() if k not in Settings._fields}
+            table.check({**self.defaults, **param_group}, where)
+            param_group = table.plain(param_group)
+            validate.check_members(param_group, self.param_groups)
+            param_group = self._named_and_followed(param_group)
         super().add_param_group(param_group)
-        for key in _ENGINE:
-            self.param_groups[-1].pop(key, None)
-        self._settle()
-        self._forget()
+        self._engine.layers.note(self.param_groups[-1])
+        self._engine.forget()
+
+    def _named_and_followed(self, group: dict[str, Any]) -> dict[str, Any]:
+        """A new group with the parameters that their model holds now, named as the others are."""
+        params = group.get("params")
+        if not isinstance(params, (list, tuple)):
+            return group  # one parameter, or what torch refuses
+        where = f"param_groups[{len(self.param_groups)}]['params']"
+        followed = members.follow(
+            params, lambda i, p, name: validate.describe(f"{where}[{i}]", p, name)
+        )
+        self._engine.origins.note(followed)
+        # Names beside bare parameters are not believed: they may be those of other parameters.
+        group = {k: v for k, v in group.items() if k != "param_names"} | {"params": followed}
+        if not self._constructed:  # groups given together must agree, as torch has it
+            return group
+        return members.named_alike(group, self.param_groups, self._engine.origins.names())
 
     def __getstate__(self) -> dict[str, Any]:
-        self._settle()
-        return super().__getstate__()
+        kept = super().__getstate__()
+        return {**kept, "state": self._engine.taken_state(self.state), "_engine": self._settings}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy carries the settings instead of the engine. Torch's own load_state_dict also calls
+        # this, with state and groups only: captured graphs then keep their tables.
+        settings = state.pop("_engine", None)
         super().__setstate__(state)
+        if settings is not None or "_engine" not in self.__dict__:
+            self._engine = Engine(settings or Settings())
+        self._constructed = True
+        self._engine.begin_with_new_state()
         for group in self.param_groups:
-            for name in checks.OPTION_NAMES:
+            for name in Options._fields:
                 group.setdefault(name, self.defaults[name])
-        self.__dict__.setdefault("_captured", {})
-        self._forget()
 
-    def _forget(self) -> None:
-        """Drop everything that can be rebuilt. Not pickled, not copied."""
-        self._ids: list[int] = []
-        self._flat: list[Tensor] = []
-        self._sizes: list[int] = []
-        self._group_of: list[int] = []
-        self._values: list[tuple[Any, ...]] = []
-        self._options: list[Options] = []
-        self._steppers: dict[tuple[bool, ...], Active] = {}
-        self._last: Active | None = None
-        self._recent: list[Active] = []  # what the last step consisted of
-        self._unsure: Active | None = None
+    @property
+    def _settings(self) -> Settings:
+        return self._engine.settings
+
+    def __repr__(self) -> str:
+        settings = {**self._settings._asdict(), "backend": self.backend}
+        lines = "".join(f"    {name}: {value}\n" for name, value in settings.items())
+        return f"{super().__repr__()[:-1]}{lines})"
 
     # ------------------------------------------------------------------------- step
 
@@ -214,184 +274,92 @@ class LARS(Optimizer):
         self._step()
         return loss
 
-    # Dynamo would trace into the interpreter. torch.optim itself uses this lazy form, which does
+    # Dynamo would trace into the interpreter. torch.optim uses the same lazy form, which does
     # not import dynamo.
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _step(self) -> None:
-        self._read_params()
-        self._read_options()
-        grads = [p.grad for p in self._flat]
-        active = self._last
-        if active is None or not active.same(grads, self._options, self.state):
-            active = self._activate(grads)
-            if active is None:
-                return
-        grad_scale = getattr(self, "grad_scale", None)
-        found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None and _readable(found_inf) and found_inf != 0:
-            if active.uncommitted:
-                self._steppers = {}  # its masters would miss a change of the parameters
-            active.batch.grads = []
-            return
-        self._last, self._recent = active, [active]
-        self._run(active, grad_scale, found_inf)
+        scaling = Scaling(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        self._engine.step(self.param_groups, self.state, scaling)
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
-    def _step_part(self, grads: dict[int, Tensor], grad_scale: Tensor | None) -> None:
-        """Update the parameters with these ids, one part of a step, from these gradients."""
-        self._read_params()
-        self._read_options()
-        active = self._activate([grads.get(i) for i in self._ids])
-        if active is not None:
-            self._recent.append(active)
-            self._run(active, grad_scale, None)
+    def _step_part(self, grads: Mapping[int, Tensor], grad_scale: Tensor | None) -> None:
+        """Take part of a step: update the parameters with these ids from these gradients."""
+        self._engine.step_part(self.param_groups, self.state, grads, Scaling(grad_scale))
 
-    def _run(self, active: Active, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        if active.shards and not self._compared:
-            for group, split in active.shards.groups():
-                agreement.compare(self, group, {id(active.params[i]) for i in split})
-            self._compared = True
-        active.commit(self.state)
-        try:
-            active.stepper.run(active.batch, self._options, grad_scale, found_inf)
-            if active.dtensors:
-                torch.autograd.graph.increment_version(active.params)
-        except BaseException:
-            # Keep nothing that an interrupted launch may have left half done.
-            self._unsure = active
-            self._settle()
-            self._last, self._recent, self._steppers = None, [], {}
-            raise
-        finally:
-            active.batch.grads = []  # what is held here, zero_grad() could not free
-        if active.stepper.captured:
-            self._captured[id(active)] = active
-        if found_inf is not None:
-            self._unsure = active  # whether the first step was taken is known on the device only
-
-    def _read_params(self) -> None:
-        members = [group["params"] for group in self.param_groups]
-        sizes, flat = list(map(len, members)), list(chain.from_iterable(members))
-        if sizes == self._sizes and all(map(is_, flat, self._flat)):
-            return
-        ids = list(map(id, flat))
-        if len(set(ids)) != len(ids):
-            twice = next(i for i, p in enumerate(flat) if id(p) in ids[:i])
-            raise ValueError(
-                f"{checks.describe(f'parameter {twice}', flat[twice])}: is a duplicate; "
-                "each parameter may stand once in param_groups"
-            )
-        self._settle()
-        self._last, self._steppers = None, {}
-        self._ids, self._flat, self._sizes = ids, flat, sizes
-        self._group_of = [g for g, group in enumerate(self.param_groups) for _ in group["params"]]
-
-    def _read_options(self) -> None:
-        """Check and take over the hyper-parameters, if any has changed."""
-        groups = self.param_groups
-        values = [tuple(map(group.__getitem__, checks.OPTION_NAMES)) for group in groups]
-        lrs = [value[0] for value in values]  # OPTION_NAMES begins with "lr"
-        if not any(isinstance(lr, Tensor) for lr in lrs) and values == self._values:
-            return
-        for g, group in enumerate(groups):
-            checks.check_options(group, f"LARS: param_groups[{g}]: ", read_device=False)
-        self._options = [Options(**{k: group[k] for k in Options._fields}) for group in groups]
-        self._values = [] if any(isinstance(lr, Tensor) for lr in lrs) else values
-
-    def _activate(self, grads: list[Tensor | None]) -> Active | None:
-        """Check every tensor of this step and divide the work; changes nothing."""
-        pattern = tuple(g is not None for g in grads)
-        if not any(pattern):
-            return None
-        if any(p.device.type == "cuda" and launch.capturing(p.device) for p in self._flat):
-            self._check_capture(pattern)
-        known = self._steppers.pop(pattern, None)
-        if known is None or not known.same(grads, self._options, self.state):
-            self._settle()
-            for i, g in enumerate(grads):
-                if g is not None:
-                    checks.check_writable(self._flat[i], partial(self.label, i))
-            # State and tables made here must be writable outside of inference mode too.
-            with torch.inference_mode(False), torch.no_grad():
-                known = Active(self, grads)
-        self._steppers[pattern] = known
-        while len(self._steppers) > self._room:
-            del self._steppers[next(iter(self._steppers))]
-        return known
-
-    def _check_capture(self, pattern: tuple[bool, ...]) -> None:
-        if not self.defaults["capturable"]:
-            raise RuntimeError(
-                "LARS: step() is being captured into a CUDA graph but capturable=False; "
-                "construct LARS(..., capturable=True)"
-            )
-        if pattern not in self._steppers:
-            raise RuntimeError(
-                "LARS: step() is being captured into a CUDA graph before a step with the same "
-                "gradients was run; run one as warm-up, outside of the capture"
-            )
-
-    def _settle(self) -> None:
-        """Take back the state that was made for a first step which found_inf then skipped."""
-        unsure, self._unsure = self._unsure, None
-        if unsure is not None and unsure.retract(self.state):
-            self._last, self._steppers = None, {}
-
-    def label(self, flat_index: int) -> str:
-        """The beginning of a message about one parameter."""
-        p, g = self._flat[flat_index], self._group_of[flat_index]
-        i = flat_index - self._group_of.index(g)
-        names = self.param_groups[g].get("param_names")
-        return checks.describe(f"param_groups[{g}]['params'][{i}]", p, names[i] if names else None)
-
-    # --------------------------------------------------------------- what it shows
+    # ------------------------------------------------------------------ inspection
 
     @property
     def backend(self) -> str:
-        """What runs the parameters: "triton", "torch", or "triton+torch" where devices differ."""
-        chosen: str = self.defaults["backend"]
-        if chosen != "auto":
-            return chosen
-        devices = {p.device for group in self.param_groups for p in group["params"]}
-        ran = {"torch" if launch.why_not(d) else "triton" for d in devices}
-        return "+".join(sorted(ran, reverse=True))
+        """The backend in use: "triton", "torch", or "triton+torch" for a mixture of both.
+
+        After a step, the one that ran; before the first step, the one expected for the devices.
+        """
+        return "+".join(sorted(self._engine.backends(self.param_groups), reverse=True))
+
+    @property
+    def momentum_dtype(self) -> torch.dtype:
+        """Storage dtype of the momentum buffers."""
+        return self._settings.momentum_dtype
+
+    @property
+    def master_weights(self) -> bool:
+        """Whether fp16 and bf16 parameters have fp32 masters."""
+        return self._settings.master_weights
+
+    @property
+    def capturable(self) -> bool:
+        """Whether step() may be captured into a CUDA graph."""
+        return self._settings.capturable
+
+    @property
+    def exclude_ndim(self) -> int:
+        """Tensors of at most this many dimensions are neither adapted nor decayed."""
+        return self._settings.exclude_ndim
 
     def layer_stats(self) -> dict[str | int, LayerStats]:
-        """The last step's norms and trust ratios, by parameter. Waits for the device.
+        """The last step's norms and trust ratios, by parameter. Synchronises with the device.
 
         Returns:
-            By parameter name where the optimizer was given names, else by the parameter's index as
-            in `state_dict()`. Parameters without a gradient in the last step are missing; a step
-            skipped by found_inf leaves the figures of the step before.
+            A dict keyed by parameter name if the optimizer was given names, else by the parameter's
+            index in `state_dict()`. Parameters without a gradient in the last step are missing;
+            after a step that found_inf skipped, the figures are those of the step before.
         """
-        stats: dict[int, LayerStats] = {}
-        for active in self._recent:
-            stats |= {active.where[i]: LayerStats(*row) for i, row in active.stepper.figures()}
+        rows = self._engine.stats()
         names = [n for group in self.param_groups for n in group.get("param_names", ())]
-        return {names[i] if names else i: stats[i] for i in sorted(stats)}
+        return {names[i] if names else i: LayerStats(*rows[i]) for i in sorted(rows)}
+
+    def _rows_on_device(
+        self,
+    ) -> list[tuple[list[str | int], list[bool], list[bool], Tensor]]:
+        """As `layer_stats`, without waiting: keys, whether adapted, whether clipped, rows."""
+        names = [n for group in self.param_groups for n in group.get("param_names", ())]
+        return [
+            ([names[i] if names else i for i in params], [o.adapt for o in options],
+             [o.trust_clip for o in options], rows)
+            for params, options, rows in self._engine.rows_on_device()
+        ]  # fmt: skip
 
     # ------------------------------------------------------------------ checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """As `torch.optim.Optimizer.state_dict`. Keys of the state: see the class."""
-        self._settle()
-        return super().state_dict()
+        """Like `torch.optim.Optimizer.state_dict`; the class lists the state's keys."""
+        whole = self.state
+        try:
+            self.state = self._engine.taken_state(whole, for_checkpoint=True)
+            return super().state_dict()
+        finally:
+            self.state = whole
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint, as `torch.optim.Optimizer.load_state_dict`, without loss.
+        """Like `torch.optim.Optimizer.load_state_dict`, but without loss of precision.
 
         Momentum and master weights keep the dtype that they were saved in (torch's own method casts
-        them to the parameter's) and never alias the checkpoint's tensors. Hyper-parameters that the
-        checkpoint does not know stay as they are.
+        them to the parameter's) and never alias the checkpoint's tensors. Hyper-parameters missing
+        from the checkpoint keep their values.
 
         Raises:
-            ValueError: if the checkpoint does not fit; the optimizer is then unchanged.
+            ValueError: if the checkpoint does not fit; the optimizer is then left unchanged.
         """
-        with Restore(self):
+        with Restore(self, self.master_weights):
             super().load_state_dict(state_dict)
-
-
-def _readable(found_inf: Tensor) -> bool:
-    """Whether the host can look at it without waiting for a device."""
-    return found_inf.device.type == "cpu"

@@ -1,4 +1,4 @@
-"""The equations of LARS, in order: the float64 truth, which the portable backend steps by.
+"""The equations of LARS, in order: the float64 truth, and the portable backend's step.
 
 Symbols: w weight, g gradient, v momentum buffer, γ lr, μ momentum, τ dampening, β weight decay,
 η trust coefficient, ε eps, N(·) the L2 norm of one tensor. You, Gitman, Ginsburg 2017, Algorithm 1.
@@ -7,28 +7,12 @@ Symbols: w weight, g gradient, v momentum buffer, γ lr, μ momentum, τ dampeni
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-
-class Options(NamedTuple):
-    """Hyper-parameters of one tensor; `LARS` documents each."""
-
-    lr: Any = 1.0
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    trust_coefficient: float = 0.001
-    eps: float = 1e-8
-    dampening: float = 0.0
-    nesterov: bool = False
-    denominator: str = "sum"
-    lr_in_momentum: bool = True
-    trust_clip: bool = False
-    decay_zero_norm: bool = True
-    adapt: bool = True
-    maximize: bool = False
+from .options import Options
 
 
 def scalar(value: Any, like: Tensor) -> Tensor:
@@ -46,9 +30,9 @@ def square_sums(w: Tensor, g: Tensor, o: Options, scale: Any = 1.0) -> Tensor:
 
 
 def trust_ratios(sums: Tensor, options: Sequence[Options]) -> tuple[Tensor, Tensor]:
-    """For rows [N(w)², N(g)², N(d)²]: the trust ratio q of each, and the decay that d keeps."""
+    """For rows [N(w)², N(g)², N(d)²]: each row's trust ratio q, and the decay left in d."""
 
-    # One column an option; `lr` may be a tensor, also on the device.
+    # One column per option; `lr` may be a tensor, possibly on the device.
     def column(name: str) -> Tensor:
         values = [getattr(o, name) for o in options]
         return torch.tensor(values, dtype=sums.dtype, device=sums.device)
@@ -74,7 +58,7 @@ def update(
     w: Tensor, g: Tensor, v: Tensor | None, q: Any, decay: Any, first: bool, o: Options,
     scale: Any = 1.0,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """New w and v. `v` None: no momentum buffer (μ = 0)."""
+    """The new w and v. With `v` None there is no momentum buffer (μ = 0)."""
     lr = o.lr.to(w).reshape(()) if isinstance(o.lr, Tensor) else o.lr
     d = (-g if o.maximize else g) / scale + decay * w
     u = (lr * q if o.lr_in_momentum else q) * d

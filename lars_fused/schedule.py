@@ -1,4 +1,4 @@
-"""Learning rates for large batches: warm-up, polynomial decay, scaling with the batch size."""
+"""Learning rates for large batches: warm-up, polynomial decay, batch-size scaling."""
 
 from __future__ import annotations
 
@@ -28,22 +28,25 @@ class WarmupPolynomialLR(LRScheduler):
     2017.
 
     Groups keep learning rates of their own; one held in a tensor is changed in place, so a captured
-    CUDA graph sees the new value. `state_dict` and `load_state_dict` carry the position. A resumed
+    CUDA graph sees the new value. A group that is added on the way (`add_param_group`) goes on from
+    its own learning rate: γ₀ is then the one whose schedule passes through it at that step, or the
+    group's `initial_lr` where it has one. `state_dict` and `load_state_dict` carry the position,
+    whether the scheduler was made before the optimizer's state was loaded or after it. A resumed
     run may give `last_epoch` instead: t − 1 after t steps; the groups then need the `initial_lr`
     that the optimizer's saved state holds.
 
     Args:
         optimizer: any `torch.optim.Optimizer`.
         warmup_steps: W, the iterations of warm-up; 0 for none.
-        total_steps: T, all iterations, warm-up included; more than warmup_steps.
+        total_steps: T, all iterations including warm-up; more than warmup_steps.
         power: p, finite and > 0.
         warmup_start_factor: f, in [0, 1]. With 0 the first step is taken with a learning rate of 0.
         end_lr: γₑ, finite and ≥ 0.
-        last_epoch: as in torch; −1 starts anew.
+        last_epoch: as in torch; −1 starts from the beginning.
 
     Raises:
         ValueError: an argument is out of range.
-        TypeError: `optimizer` is none.
+        TypeError: `optimizer` is not a torch optimizer.
         KeyError: `last_epoch` is given and a group has no `initial_lr`.
     """
 
@@ -69,20 +72,47 @@ class WarmupPolynomialLR(LRScheduler):
 
     def get_lr(self) -> list[float | Tensor]:
         """The learning rate of every group at the current step."""
-        done = self.last_epoch
+        factor, end = self._line(self.last_epoch)
+        return [end + (base - end) * factor for base in self.base_lrs]
+
+    def _line(self, done: int) -> tuple[float, float]:
+        """(f, e) of the schedule after `done` steps: γ = e + (γ₀ - e) f."""
         if done < self.warmup_steps:
             start = self.warmup_start_factor
-            factor = start + (1.0 - start) * done / self.warmup_steps
-            return [base * factor for base in self.base_lrs]
+            return start + (1.0 - start) * done / self.warmup_steps, 0.0
         decaying = self.total_steps - self.warmup_steps
-        left = max(0.0, 1.0 - (done - self.warmup_steps) / decaying) ** self.power
-        return [self.end_lr + (base - self.end_lr) * left for base in self.base_lrs]
+        return max(0.0, 1.0 - (done - self.warmup_steps) / decaying) ** self.power, self.end_lr
+
+    def step(self, epoch: int | None = None) -> None:
+        """Set the next learning rate of every group, new groups too."""
+        for group in self.optimizer.param_groups[len(self.base_lrs) :]:
+            now = group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"]
+            factor, end = self._line(self.last_epoch)
+            base = end + (now - end) / factor if factor > 0 else now
+            self.base_lrs.append(group.setdefault("initial_lr", base))
+        super().step(epoch)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a position, and set its learning rates if they are still those of the construction.
+
+        Those that something else has set since, such as the optimizer's own `load_state_dict`, are
+        left as they are.
+        """
+        groups, mine = self.optimizer.param_groups, self._last_lr
+        super().load_state_dict(state_dict)
+        for group, before, loaded in zip(groups, mine, self._last_lr, strict=False):
+            if float(group["lr"]) != float(before):
+                continue
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(float(loaded))
+            else:
+                group["lr"] = loaded
 
 
 def scaled_lr(
     base_lr: float, batch_size: int, base_batch_size: int = 256, rule: str = "linear"
 ) -> float:
-    """The learning rate for a batch size, from one that is good at another.
+    """Scale a learning rate that was tuned at one batch size to another.
 
         linear:  γ = γ_base · B / B_base
         sqrt:    γ = γ_base · √(B / B_base)
@@ -93,8 +123,8 @@ def scaled_lr(
 
     Args:
         base_lr: γ_base, finite and ≥ 0.
-        batch_size: B, over all processes and accumulated micro-batches; ≥ 1.
-        base_batch_size: B_base, the batch size that base_lr belongs to; ≥ 1.
+        batch_size: B, summed over all processes and accumulated micro-batches; ≥ 1.
+        base_batch_size: B_base, the batch size that base_lr was tuned for; ≥ 1.
         rule: "linear" or "sqrt".
 
     Returns:

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 class NoiseScale:
-    """A running estimate of B = tr(Σ) / |G|², the batch size where doubling it stops paying.
+    """A running estimate of B = tr(Σ) / |G|², the batch size where doubling stops paying off.
 
     With G the true gradient, Σ the covariance of one sample's gradient, and g_B the mean gradient
     of a batch of B samples, E|g_B|² = |G|² + tr(Σ)/B. Two batch sizes b < B give both unknowns::
@@ -20,20 +20,20 @@ class NoiseScale:
         |G|²  ≈ (B |g_B|² - b |g_b|²) / (B - b)
         tr(Σ) ≈ (|g_b|² - |g_B|²) / (1/b - 1/B)
 
-    Data-parallel training has both at hand: a rank's gradient before it is averaged, and after.
-    Each is one number; |g_b|² is averaged over the ranks in one all-reduce of one number. The two
-    right-hand sides are unbiased but noisy, and their ratio is neither, so that each is averaged
+    Data-parallel training provides both: a rank's gradient before averaging and after. Each norm
+    is one number; |g_b|² is averaged over the ranks in an all-reduce of one number. The two
+    right-hand sides are unbiased but noisy, and their ratio would be biased, so each is averaged
     over steps first: m ← βm + (1-β)x, divided by 1-βᵗ after t steps.
 
     Source: McCandlish, Kaplan, Amodei, "An Empirical Model of Large-Batch Training",
     arXiv:1812.06162 (2018), equation 2.9 and appendix A.1.
 
-    Nothing waits for the device before `value`, `covariance_trace` or `gradient_square` is read.
-    A step whose gradients are not finite is left out.
+    The host does not synchronise until `value`, `covariance_trace` or `gradient_square` is read.
+    A step with non-finite gradients is ignored.
 
     Args:
-        batch_size: samples that one rank puts into a step, all micro-batches under `no_sync()`
-            included. With `micro_batch()`: samples of one micro-batch.
+        batch_size: samples that one rank contributes to a step, including all micro-batches under
+            `no_sync()`. With `micro_batch()`: samples of one micro-batch.
         decay: β, in [0, 1).
         group: the ranks that average their gradients; None for all.
 
@@ -65,13 +65,13 @@ class NoiseScale:
         self._micro_batches = 0
         self._parameters: list[Tensor] = []
 
-    # ------------------------------------------------------------------------ measuring
+    # ---------------------------------------------------------------------- measurement
 
     def attach(self, ddp_model: DistributedDataParallel) -> None:
         """Measure the gradients of a DDP model as they are averaged.
 
-        Takes DDP's one communication hook, which averages as DDP itself does. A model whose steps
-        are overlapped has one: `overlap_with_backward(..., noise_scale=noise)` instead of this.
+        Occupies DDP's only communication hook, and averages as DDP itself does. For a model whose
+        steps are overlapped use `overlap_with_backward(..., noise_scale=noise)` instead.
         """
         group = ddp_model.process_group
         ranks = dist.get_world_size(group)
@@ -103,9 +103,9 @@ class NoiseScale:
     def micro_batch(self, parameters: Iterable[Tensor]) -> None:
         """Measure accumulated gradients instead of those that DDP averages.
 
-        Call it after the backward pass of every micro-batch, whose loss is divided by their number,
-        and `update()` after the last. The first micro-batch is g_b, all of them together are g_B.
-        Works without process group.
+        Divide each micro-batch's loss by their number, call this after each backward pass, and call
+        `update()` after the last one. The first micro-batch gives g_b, all of them together g_B.
+        Works without a process group.
         """
         if self._small and not self._micro_batches:
             raise RuntimeError("NoiseScale: use either attach() or micro_batch(), not both")
@@ -114,20 +114,20 @@ class NoiseScale:
         if self._micro_batches == 1:
             self._small = [_norm_square(self._parameters)]
 
-    # ------------------------------------------------------------------------- estimate
+    # ----------------------------------------------------------------------- estimation
 
     @torch.no_grad()
     def update(self, loss_scale: float = 1.0) -> None:
-        """Add this step to the estimate: after its backward pass, before `zero_grad()`.
+        """Add this step to the estimate; call it after the backward pass, before `zero_grad()`.
 
-        A collective call where there is more than one rank.
+        A collective call if there is more than one rank.
 
         Args:
-            loss_scale: what the gradients are multiplied by, such as GradScaler's `get_scale()`.
+            loss_scale: the factor in the gradients, such as GradScaler's `get_scale()`.
 
         Raises:
-            RuntimeError: if nothing was measured, or there is only one batch size: one rank and
-                one micro-batch.
+            RuntimeError: if nothing was measured, or only one batch size (a single rank with a
+                single micro-batch).
         """
         ranks = dist.get_world_size(self._group) if _distributed() else 1
         pieces = max(1, self._micro_batches)
@@ -140,10 +140,10 @@ class NoiseScale:
             )
         if ranks * pieces == 1:
             raise RuntimeError(
-                "NoiseScale: one rank and one micro-batch give one batch size; two are needed"
+                "NoiseScale: one rank with one micro-batch gives one batch size; two are needed"
             )
         for part in self._big:
-            if part.is_cuda:  # made on a side stream: keep its memory until this one has read it
+            if part.is_cuda:  # from a side stream: keep its memory until this stream has read it
                 part.record_stream(torch.cuda.current_stream(part.device))
         # A micro-batch's gradient is its share of the mean.
         small = torch.stack(self._small).sum() * (pieces / loss_scale) ** 2
@@ -158,7 +158,7 @@ class NoiseScale:
         """Add one pair of squared gradient norms to the estimate.
 
         Args:
-            small: |g_b|², averaged over as many batches as there are.
+            small: |g_b|², averaged over all batches of that size.
             big: |g_B|².
             small_batch: b.
             big_batch: B > b.
@@ -172,7 +172,7 @@ class NoiseScale:
 
     def _read(self) -> tuple[float, float]:
         trace, square, weight = self._mean.tolist()
-        # The weights given so far add up to 1 - decay**t: dividing corrects the start from zero.
+        # The weights so far add up to 1 - decay**t: dividing corrects for the start at zero.
         return (trace / weight, square / weight) if weight else (float("nan"), float("nan"))
 
     @property
@@ -196,7 +196,7 @@ class NoiseScale:
         return {"mean": self._mean.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the running averages of a checkpoint."""
+        """Restore the running averages from a checkpoint."""
         self._mean = state["mean"].clone()
 
 
@@ -205,7 +205,7 @@ def _distributed() -> bool:
 
 
 def _square(t: Tensor) -> Tensor:
-    """|t|² in float64, summed in fp32 at least: a bucket may be fp16, whose squares overflow."""
+    """|t|² as float64, summed in at least fp32: fp16 buckets would overflow when squared."""
     wide = t.dtype if t.dtype == torch.float64 else torch.float32
     norm: Tensor = torch.linalg.vector_norm(t.detach(), dtype=wide)
     return norm.double().square()

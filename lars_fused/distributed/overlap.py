@@ -1,12 +1,11 @@
-"""The optimizer step inside the backward pass of a DDP model.
+"""Runs the optimizer step inside the backward pass of a DDP model.
 
     backward     ... layer 5   layer 4   layer 3   layer 2   layer 1
     all-reduce          bucket 0  ------  bucket 1 ------  bucket 2
     update                       bucket 0        bucket 1        bucket 2
 
-LARS needs nothing of a layer but its own weights and its own gradient, so a bucket can be updated
-as soon as its all-reduce is done. On a GPU both happen on side streams, which `backward()` joins
-before it returns.
+LARS needs only a layer's own weights and gradient, so a bucket can be updated as soon as its
+all-reduce is done. On a GPU both run on side streams, which `backward()` joins before it returns.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lars_fused import LARS
-from lars_fused.agreement import check_same_on_all_ranks
 
+from .._engine.rank_check import check_same_on_all_ranks
 from .noise import NoiseScale
 
 
@@ -32,39 +31,38 @@ def overlap_with_backward(
     fold_mean: bool = False,
     noise_scale: NoiseScale | None = None,
 ) -> Overlap:
-    """Take the optimizer's steps inside the backward pass, bucket by bucket.
+    """Run the optimizer's steps inside the backward pass, bucket by bucket.
 
-    The training loop stays as it is. When `backward()` returns, the step has been taken;
-    `optimizer.step()` must still follow, before the next synchronised backward pass: it checks that
-    nothing happened that the step could not know, and runs the hooks that schedulers rely on. The
-    weights are bitwise those of the plain step (with a number of ranks that is no power of two:
-    provided that DDP, too, multiplies by its inverse; it divides instead where
-    `gradient_as_bucket_view=True` meets `zero_grad(set_to_none=False)`).
+    The training loop does not change. When `backward()` returns, the step has been taken;
+    `optimizer.step()` must still follow, before the next synchronised backward pass: it verifies
+    that gradients were not modified after `backward()`, and runs the hooks that schedulers rely on.
+    The weights are bitwise those of the plain step. (If the number of ranks is not a power of two,
+    this requires that DDP multiplies by its inverse; DDP divides instead when
+    `gradient_as_bucket_view=True` is combined with `zero_grad(set_to_none=False)`.)
 
-    Learning-rate schedules, accumulation under `no_sync()` (the last micro-batch steps),
+    Learning-rate schedules, accumulation under `no_sync()` (the last micro-batch takes the step),
     `static_graph=True`, `gradient_as_bucket_view=True` and `layer_stats()` work. The first step is
-    a rehearsal: it is taken by `step()`, after `backward()`, with the checks that have to pass for
-    overlapping to be right, and the parameters compared between ranks.
+    a rehearsal: `step()` takes it after `backward()`, runs the checks that overlapping relies on,
+    and compares the parameters across ranks.
 
     Args:
-        ddp_model: holds every parameter that the optimizer updates; without a communication hook.
-        optimizer: load a checkpoint into it before, not after.
-        fold_mean: leave the division by the number of ranks to the update, which divides by
-            something anyway. `p.grad` then holds the sum over ranks, not the mean (but for the
-            first step's). The weights are
-            the same to rounding, bitwise so for 2, 4, 8, ... ranks unless a value leaves the range
-            of its dtype.
-        noise_scale: measures the same gradients; DDP allows one communication hook only.
+        ddp_model: has every parameter that the optimizer updates, and no communication hook.
+        optimizer: load its checkpoint before this call, not after.
+        fold_mean: leave the division by the number of ranks to the update, which scales the
+            gradient anyway. `p.grad` then holds the sum over ranks, not the mean (except in the
+            first step). The weights are the same up to rounding, and bitwise the same for 2, 4,
+            8, ... ranks unless a value leaves the range of its dtype.
+        noise_scale: measures the same gradients; DDP allows only one communication hook.
 
     Returns:
-        The handle, whose `remove()` returns to plain steps.
+        A handle whose `remove()` returns to plain steps.
 
     Raises:
         TypeError, ValueError: for what cannot be overlapped: another optimizer or wrapper,
-            `find_unused_parameters=True` (which parameters are unused is not known before the end),
-            DDP's own mixed precision, and parameters that the model does not reduce.
-        RuntimeError: in `step()`: for a closure, for GradScaler (found_inf is known when all layers
-            are), for gradients changed after `backward()` (clipping by the global norm), for
+            `find_unused_parameters=True` (unused parameters are known only at the end), DDP's own
+            mixed precision, and parameters that the model does not reduce.
+        RuntimeError: in `step()`: for a closure, for GradScaler (found_inf is known only after all
+            layers), for gradients changed after `backward()` (clipping by the global norm), for
             parameters with a gradient that the model did not reduce; in `backward()`: for a second
             synchronised pass without a step, and inside `join()`.
 
@@ -79,23 +77,23 @@ def overlap_with_backward(
     if not isinstance(ddp_model, DistributedDataParallel):
         raise TypeError(
             f"overlap_with_backward: ddp_model is a {type(ddp_model).__name__}; must be a "
-            "DistributedDataParallel (with fully_shard, norms need all shards of a layer)"
+            "DistributedDataParallel (under fully_shard, norms need all shards of a layer)"
         )
     if not isinstance(optimizer, LARS):
         raise TypeError(
             f"overlap_with_backward: optimizer is a {type(optimizer).__name__}; must be a LARS"
         )
     if optimizer._overlap is not None:
-        raise ValueError("overlap_with_backward: the optimizer's steps are overlapped already")
+        raise ValueError("overlap_with_backward: the optimizer's steps are already overlapped")
     if ddp_model.find_unused_parameters and not ddp_model.static_graph:
         raise ValueError(
             "overlap_with_backward: find_unused_parameters=True cannot be overlapped: which "
-            "parameters have no gradient is known at the end of the backward pass only; use "
-            "static_graph=True where they are always the same"
+            "parameters have no gradient is known only at the end of the backward pass; use "
+            "static_graph=True if they are always the same"
         )
     if ddp_model.mixed_precision is not None:
         raise ValueError(
-            "overlap_with_backward: DDP(mixed_precision=...) has a communication hook of its own; "
+            "overlap_with_backward: DDP(mixed_precision=...) has its own communication hook; "
             "use torch.autocast"
         )
     reduced = {id(p) for p in ddp_model.parameters()}
@@ -104,23 +102,22 @@ def overlap_with_backward(
             if id(p) not in reduced:
                 raise ValueError(
                     f"overlap_with_backward: param_groups[{g}]['params'][{i}] (shape "
-                    f"{tuple(p.shape)}) is no parameter of ddp_model; give it another optimizer"
+                    f"{tuple(p.shape)}) is not a parameter of ddp_model; use another optimizer"
                 )
     return Overlap(ddp_model, optimizer, fold_mean, noise_scale)
 
 
 def _as_laid_out(p: Tensor, g: Tensor) -> Tensor:
-    """A gradient in a bucket as DDP wrote it: in the order of the parameter's memory.
+    """A gradient in a bucket as DDP wrote it: in the parameter's memory order.
 
-    `GradBucket.gradients()` gives views in the order of the dimensions, which differs for
-    channels_last.
+    `GradBucket.gradients()` gives views in dimension order, which is different for channels_last.
     """
     dense: bool = torch.ops.aten.is_non_overlapping_and_dense(p)
     return g.as_strided(p.shape, p.stride(), g.storage_offset()) if dense else g
 
 
 class Overlap:
-    """A DDP model and the optimizer whose steps its backward pass takes."""
+    """A DDP model and the optimizer whose steps run in its backward pass."""
 
     def __init__(
         self,
@@ -143,10 +140,10 @@ class Overlap:
         # DDP compares annotations, which are strings here: a lambda has none.
         model.register_comm_hook(None, lambda _, bucket: self._hook(bucket))
         optimizer._overlap = self
-        optimizer._room += sum(len(group["params"]) for group in optimizer.param_groups)
+        optimizer._engine.room += sum(len(group["params"]) for group in optimizer.param_groups)
 
     def remove(self) -> None:
-        """Return to steps taken by `step()`. DDP keeps the hook, which then only averages."""
+        """Return to plain steps by `step()`. DDP keeps the hook, which then only averages."""
         if self._optimizer._overlap is self:
             self._optimizer._overlap = None
 
@@ -168,7 +165,7 @@ class Overlap:
         if active:
             self._reached.update(map(id, params))
             if bucket.is_last():
-                # DDP queues its own finishing after this hook: be called after that.
+                # DDP queues its own final callback after this hook; queue ours behind it.
                 queue = torch.autograd.Variable._execution_engine.queue_callback
                 queue(lambda: queue(self._after_backward))
         future = dist.all_reduce(buffer, group=self._group, async_op=True).get_future()
@@ -187,7 +184,7 @@ class Overlap:
     def _begin(self) -> None:
         if self._model._join_config.enable:
             raise RuntimeError(
-                "overlap_with_backward: inside join() a rank without input would take steps; "
+                "overlap_with_backward: inside join() a rank out of input would take steps; "
                 "use plain steps there"
             )
         if self._pending:
@@ -197,7 +194,7 @@ class Overlap:
             )
         self._reached = set()
         if self._rehearsed:
-            self._optimizer._recent = []
+            self._optimizer._engine.last = []
 
     def _update(self, params: list[Tensor], grads: list[Tensor], fold: bool) -> None:
         own = {id(p): g for p, g in zip(params, grads, strict=True) if id(p) in self._used}
@@ -223,12 +220,12 @@ class Overlap:
             check_same_on_all_ranks(self._optimizer, self._group)
             self._optimizer._step()
             self._used = {id(p) for p in self._params() if p.grad is not None}
-            # Made here, on the main stream, after which all side streams come.
+            # Allocated here on the main stream, which all side streams wait for.
             self._scale = torch.full((1,), float(self._ranks), device=self._params()[0].device)
             self._rehearsed = True
 
     def _refuse(self, closure: Any, pending: bool, seen: list[tuple[Tensor, int]]) -> None:
-        taken = "" if not self._rehearsed else "; the weights have been changed already"
+        taken = "" if not self._rehearsed else "; the weights have already been changed"
         if closure is not None:
             raise RuntimeError(
                 "overlap_with_backward: step(closure) cannot be overlapped: the closure would run "
@@ -238,8 +235,8 @@ class Overlap:
             if getattr(self._optimizer, name, None) is not None:
                 raise RuntimeError(
                     "overlap_with_backward: GradScaler cannot be overlapped: whether any gradient "
-                    f"overflowed is known when all layers are{taken}; use plain steps, or bfloat16 "
-                    "without a scaler"
+                    f"overflowed is known only after all layers{taken}; use plain steps, or "
+                    "bfloat16 without a scaler"
                 )
         if not pending:
             raise RuntimeError(

@@ -1,4 +1,4 @@
-"""Checkpoints of other optimizers, rewritten so that `LARS.load_state_dict` takes them."""
+"""Converts checkpoints of other optimizers into ones that `LARS.load_state_dict` accepts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from . import checks, conventions
+from .. import conventions
+from .. import options as table
+from ..options import Options
 
 _Group = Mapping[str, Any]
 
@@ -30,7 +32,7 @@ def _wrapper(group: _Group, p: Tensor | None) -> dict[str, Any]:
 
 
 def _mae(group: _Group, p: Tensor | None) -> dict[str, Any]:
-    if "eta" in group:  # a relative with the same state key and rules of its own
+    if "eta" in group:  # a related optimizer with the same state key but other rules
         return _barlow(group, p)
     left_out = {"adapt": False, "weight_decay": 0.0} if p is not None and p.ndim <= 1 else {}
     return {"trust_coefficient": group["trust_coefficient"], **left_out}
@@ -46,7 +48,7 @@ def _barlow(group: _Group, p: Tensor | None) -> dict[str, Any]:
 
 
 def _excludes(rule: Any, p: Tensor) -> bool:
-    """Barlow Twins' filter is a flag, VICReg's a function of the parameter or None."""
+    """Barlow Twins' filter is a flag; VICReg's is a function of the parameter, or None."""
     return bool(rule(p)) if callable(rule) else bool(rule) and p.ndim == 1
 
 
@@ -56,7 +58,7 @@ def _dino(group: _Group, p: Tensor | None) -> dict[str, Any]:
 
 
 def _rocm(group: _Group, p: Tensor | None) -> dict[str, Any]:
-    # FusedLARS takes a dampening and does not use it; groups marked is_skipped are still decayed.
+    # FusedLARS accepts a dampening but ignores it; groups marked is_skipped are still decayed.
     return {
         "trust_coefficient": group["trust_coefficient"],
         "eps": group["eps"],
@@ -68,13 +70,13 @@ def _rocm(group: _Group, p: Tensor | None) -> dict[str, Any]:
 class _Source(NamedTuple):
     convention: Mapping[str, Any]
     rule: Callable[[_Group, Tensor | None], dict[str, Any]]
-    """What a group, or one parameter of it, says beyond the convention."""
+    """What a group, or one of its parameters, sets beyond the convention."""
     key: str = "momentum_buffer"
     sign: float = 1.0
 
 
 _SOURCES = {
-    # Without adaptation only where the learning rate enters is left of a convention.
+    # Without adaptation, all that remains of a convention is where the learning rate enters.
     "sgd": _Source(conventions.TORCHLARS, _sgd),
     "timm": _Source(conventions.TIMM, _timm),
     "apex_larc": _Source(conventions.APEX_LARC, _wrapper),
@@ -84,13 +86,13 @@ _SOURCES = {
     "dino": _Source(conventions.MAE, _dino, "mu"),
     "rocm_fused_lars": _Source(conventions.PAPER, _rocm, sign=-1.0),
 }
-# Options that a source's group has under the same name and with the same meaning.
+# Options that have the same name and meaning in a source's groups.
 _SHARED = ("lr", "momentum", "weight_decay", "dampening", "nesterov", "maximize")
 _DROPPED = {
     "params", "param_names", "trust_coeff", "always_adapt", "eta", "weight_decay_filter",
     "lars_adaptation_filter", "is_skipped", "foreach", "fused", "differentiable", "capturable",
 }  # fmt: skip
-# What no source sets: nothing is left to what LARS happened to be constructed with.
+# Options that no source sets: set here so that nothing depends on how LARS was constructed.
 _DEFAULTS = {
     "weight_decay": 0.0, "dampening": 0.0, "nesterov": False, "maximize": False, "adapt": True,
 }  # fmt: skip
@@ -104,53 +106,53 @@ def convert_state_dict(
     params: Iterable[Tensor] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Another optimizer's `state_dict()` as one that `LARS.load_state_dict` takes.
+    """Convert another optimizer's `state_dict()` into one that `LARS.load_state_dict` accepts.
 
-    LARS then continues as the source would have: the groups carry the source's convention and its
-    hyper-parameters, whatever LARS was constructed with.
+    LARS then continues as the source would have: the groups carry the source's convention and
+    hyper-parameters, however LARS was constructed.
 
         optimizer = LARS(param_groups(model, 1e-4))
         optimizer.load_state_dict(convert_state_dict(torch.load(path)["optimizer"], "mae"))
 
     v is the source's buffer and γ its learning rate. The buffer of every source but ROCm's is free
     of the learning rate (v ← μv + qd); ROCm's holds −γqd. So the converted groups keep
-    `lr_in_momentum` as their source has it, which is exact whatever γ does next. To go on with the
-    other placement give `lr_in_momentum` among `options`: the buffer becomes γv, or v/γ.
+    their source's `lr_in_momentum`, which is exact whatever γ does next. To continue with the other
+    placement pass `lr_in_momentum` in `options`: the buffer becomes γv, or v/γ.
 
     Args:
-        state: what the source's `state_dict()` gave. Not changed; tensors that need no change are
-            shared with the result.
+        state: what the source's `state_dict()` returned. Not modified; tensors that need no
+            conversion are shared with the result.
         source: "sgd" (`torch.optim.SGD`; no layer is adapted), "timm" (`Lars`), "apex_larc" and
             "torchlars" (the state of the wrapped SGD), "mae" (also MoCo v3), "barlow" (Barlow Twins
             and VICReg), "dino", or "rocm_fused_lars".
-        lr: the learning rate in force, for all groups; None: each group's own.
+        lr: the current learning rate, for all groups; None: each group's own.
         params: the parameters in the source's order; only their shapes are read. "mae", "barlow"
-            and "dino" leave tensors out by their dimensions, which a parameter's state tells; one
-            without state goes with the rest of its group unless params are given.
-        options: options of `LARS` to set in every group, over what the source says; what a wrapper
-            does not save comes in this way, such as `trust_coefficient` and `trust_clip` of apex.
+            and "dino" exclude tensors by their number of dimensions, which is read from a
+            parameter's state; one without state stays with its group unless params are given.
+        options: options of `LARS` to set in every group, overriding the source; use it for what a
+            wrapper does not save, such as `trust_coefficient` and `trust_clip` of apex.
 
     Returns:
-        A state dict. Groups that "mae", "barlow" or "dino" treat unevenly are divided in two, the
-        decayed and adapted tensors first, as `param_groups` does.
+        A state dict. Groups whose tensors "mae", "barlow" or "dino" treat differently are split in
+        two, the decayed and adapted tensors first, as `param_groups` does.
 
     Raises:
         ValueError: an unknown source, a state that is not the source's, an option or a learning
-            rate that is not allowed, or dimensions that are needed and not known.
+            rate that is not allowed, or a number of dimensions that is needed but not known.
     """
     if source not in _SOURCES:
         raise ValueError(
             f"convert_state_dict: source={source!r} is not known; must be one of {list(_SOURCES)}"
         )
-    unknown = sorted(set(options) - set(checks.OPTION_NAMES))
+    unknown = sorted(set(options) - set(Options._fields))
     if unknown:
         raise ValueError(
             f"convert_state_dict: {unknown} are not options of LARS; "
-            f"must be among {[name for name in checks.OPTION_NAMES if name != 'lr']}"
+            f"must be among {[name for name in Options._fields if name != 'lr']}"
         )
     if not isinstance(state, Mapping) or not {"state", "param_groups"} <= set(state):
         raise ValueError(
-            "convert_state_dict: state must be what state_dict() gave, "
+            "convert_state_dict: state must be what state_dict() returned, "
             "with 'state' and 'param_groups'"
         )
     buffers = _buffers(state, source)
@@ -161,7 +163,7 @@ def convert_state_dict(
         where = f"convert_state_dict: the source's param_groups[{g}]: "
         given = options if lr is None else {**options, "lr": lr}
         for new in _divide(old, source, shapes, given, where):
-            checks.check_options(new, where)
+            table.check(new, where)
             gain = _gain(new, source, where)
             groups.append(new)
             for key in new["params"]:
@@ -188,7 +190,7 @@ def _buffers(state: Mapping[str, Any], source: str) -> dict[Any, Tensor]:
 def _shapes(
     state: Mapping[str, Any], buffers: Mapping[Any, Tensor], params: Iterable[Tensor] | None
 ) -> Mapping[Any, Tensor]:
-    """By parameter key, a tensor of the parameter's shape."""
+    """For each parameter key, a tensor of the parameter's shape."""
     if params is None:
         return buffers
     keys = [key for group in state["param_groups"] for key in group["params"]]
@@ -196,7 +198,7 @@ def _shapes(
     if len(given) != len(keys):
         raise ValueError(
             f"convert_state_dict: {len(given)} params for a checkpoint of {len(keys)} parameters; "
-            "must be equally many"
+            "must have the same length"
         )
     return dict(zip(keys, given, strict=True))
 
@@ -204,7 +206,7 @@ def _shapes(
 def _divide(
     old: _Group, source: str, shapes: Mapping[Any, Tensor], given: dict[str, Any], where: str
 ) -> list[dict[str, Any]]:
-    """The groups that one group of the source becomes: one for each way it treats its tensors."""
+    """The groups that one group of the source becomes, one for each way it treats tensors."""
     parts: list[tuple[dict[str, Any], list[int]]] = []
     strays = []
     for i, key in enumerate(old["params"]):
@@ -219,8 +221,8 @@ def _divide(
             same.append(i)
     if strays and len(parts) > 1:
         raise ValueError(
-            f"{where}parameter {old['params'][strays[0]]!r} has no state, so that its number of "
-            "dimensions is not known; give params"
+            f"{where}parameter {old['params'][strays[0]]!r} has no state, so its number of "
+            "dimensions is not known; pass params"
         )
     if not parts:
         parts = [(_options(old, source, None, where), [])]
@@ -244,15 +246,15 @@ def _options(old: _Group, source: str, p: Tensor | None, where: str) -> dict[str
         shared = {name: old[name] for name in _SHARED if name in old}
         return {**_DEFAULTS, **_SOURCES[source].convention, "lr": old["lr"], **shared, **own}
     except KeyError as error:
-        raise ValueError(f"{where}has no {error}; a checkpoint of {source!r} has") from None
+        raise ValueError(f"{where}has no {error}; checkpoints of {source!r} have one") from None
 
 
 def _gain(new: _Group, source: str, where: str) -> float:
-    """What the source's buffer is multiplied by."""
+    """The factor for the source's buffer."""
     sign, inside = _SOURCES[source].sign, _SOURCES[source].convention["lr_in_momentum"]
     if new["lr_in_momentum"] == inside:
         return sign
     rate = float(new["lr"])
     if inside and rate == 0:
-        raise ValueError(f"{where}lr=0: a buffer that holds the learning rate cannot be divided")
+        raise ValueError(f"{where}lr=0: a buffer cannot be divided by a learning rate of 0")
     return sign / rate if inside else sign * rate

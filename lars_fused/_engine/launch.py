@@ -1,6 +1,6 @@
 """The kernels: whether they can run, their compile-time arguments, and one launch.
 
-The only importer of `kernels`. What they work on is laid out in `tables`.
+The only importer of `kernels`. `launch_tables` builds the tables that they read.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _COMPILED: dict[Any, Any] = {}
 
 
 class Dtypes(NamedTuple):
-    """Storage of one dtype combination. `copy`: of the parameter beside an fp32 master weight."""
+    """One dtype combination. `copy`: the parameter's dtype when w is its fp32 master weight."""
 
     w: torch.dtype
     g: torch.dtype | None
@@ -31,8 +31,8 @@ class Dtypes(NamedTuple):
 @functools.cache
 def kernels() -> ModuleType:
     """The kernel modules; ImportError where triton is missing."""
-    from . import kernels
-    from .kernels import l2norm, lars_step, lars_update, tile, tuning  # noqa: F401
+    from .. import kernels
+    from ..kernels import l2norm, lars_step, lars_update, tuning  # noqa: F401
 
     module: ModuleType = kernels
     return module
@@ -51,18 +51,25 @@ def why_not(device: torch.device) -> str | None:
         return "CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 before Python starts"
     try:
         interpreted = interpreting()
-    except Exception as error:  # a broken install fails in many ways, and each must be told
+    except Exception as error:  # a broken install fails in many ways; report any
         return f"triton cannot be used ({type(error).__name__}: {error})"
     if device.type == "cpu" and not interpreted:
-        return "TRITON_INTERPRET=1 was set after the kernels were imported; set it before"
+        return "TRITON_INTERPRET=1 was set after the kernels were imported; set it earlier"
     if device.type == "cuda" and interpreted:
         return "TRITON_INTERPRET=1 is set, which runs kernels on CPU tensors only; unset it"
     return None
 
 
+def expected(device: torch.device) -> bool:
+    """Whether users expect the kernels on `device`, so that a fallback deserves a warning."""
+    return device.type == "cuda" or (
+        device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    )
+
+
 @functools.cache
 def architecture(device: torch.device) -> tuple[str, int, int]:
-    """Name of the architecture as in `tuning.ROWS`, multiprocessors, and bytes of L2."""
+    """Architecture name as in `tuning.ROWS`, number of multiprocessors, bytes of L2."""
     if device.type == "cpu":
         return "interpreter", 1, 0
     properties = torch.cuda.get_device_properties(device)
@@ -77,8 +84,8 @@ def alignments(dtypes: Dtypes) -> dict[str, int]:
     """Bytes of alignment promised to the compiler for each operand.
 
     128-bit accesses, but 64-bit ones for a 2-byte operand beside an fp32 one: both then hold four
-    elements a thread and share one layout, with no conversion through shared memory. The same for
-    every kernel, so that each adds up the squares in one order.
+    elements per thread and share one layout, with no conversion through shared memory. The choice
+    is the same for every kernel, so that all of them sum the squares in the same order.
     """
     wide = torch.float32 in (dtypes[:1] if dtypes.g is None else dtypes)
     return {
@@ -88,7 +95,7 @@ def alignments(dtypes: Dtypes) -> dict[str, int]:
 
 
 def constants(dtypes: Dtypes, row: Any, kernel: str, emulate_bf16: bool) -> dict[str, Any]:
-    """The compile-time arguments of a kernel, in its own order."""
+    """The compile-time arguments of a kernel, in the order of its signature."""
     import triton.language as tl
 
     names = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -104,6 +111,7 @@ def constants(dtypes: Dtypes, row: Any, kernel: str, emulate_bf16: bool) -> dict
         **alignments(dtypes),
         "EVICT": row.evict,
         "POLL_ATOMIC": row.poll_atomic,
+        "BACKOFF": row.backoff,
         "EMULATE_BF16": emulate_bf16,
     }
     arguments = getattr(getattr(kernels(), kernel), kernel).arg_names
@@ -113,7 +121,7 @@ def constants(dtypes: Dtypes, row: Any, kernel: str, emulate_bf16: bool) -> dict
 def run(
     name: str, grid: int, args: Sequence[Any], dtypes: Dtypes, row: Any, device: torch.device
 ) -> None:
-    """One launch. The compiled kernel is kept: calling it skips Triton's argument analysis."""
+    """One launch. Calling the cached compiled kernel skips Triton's argument analysis."""
     kernel = getattr(getattr(kernels(), name), name)
     if device.type == "cpu":
         with _INTERPRETER_LOCK:
@@ -133,4 +141,9 @@ def run(
 
 def capturing(device: torch.device) -> bool:
     """Whether the current stream of `device` is recording a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda":
+        return False
+    if device.index in (None, torch.cuda.current_device()):
+        return torch.cuda.is_current_stream_capturing()
+    with torch.cuda.device(device):  # the query applies to the current device's stream
+        return torch.cuda.is_current_stream_capturing()

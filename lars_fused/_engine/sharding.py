@@ -1,11 +1,11 @@
-"""Sharded parameters (DTensor, as FSDP2's `fully_shard` and tensor parallelism make them).
+"""Sharded parameters: DTensors, as made by FSDP2's `fully_shard` and by tensor parallelism.
 
 A rank updates its own shard; only squared norms cross ranks, so that no parameter is ever gathered:
 
     placements      mesh (replicate, shard)      reduced over    counted by
     Shard(any dim)  every rank holds a part      that dimension  every rank
     Replicate       every rank holds all of it   -               the first rank along the dimension
-    Partial         refused: a sum that has not been taken
+    Partial         refused: its reduction is still pending
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_COLUMN = {"sum": 1, "decayed": 2, "gradient": 1}  # of [N(w)², N(g)², N(d)²]: what D is made of
+_COLUMN = {"sum": 1, "decayed": 2, "gradient": 1}  # the column of [N(w)², N(g)², N(d)²] that D uses
 
 
 class Layout(NamedTuple):
-    """Where the parts of a DTensor lie."""
+    """How a DTensor is distributed."""
 
     mesh: Any
     placements: tuple[Any, ...]
 
     def split(self) -> tuple[int, ...]:
-        """The mesh dimensions over which its elements are divided."""
+        """The mesh dimensions that split its elements."""
         return tuple(
             dim
             for dim, placement in enumerate(self.placements)
@@ -38,7 +38,8 @@ class Layout(NamedTuple):
 
 def layout(t: Tensor | None) -> Layout | None:
     """None for an ordinary tensor."""
-    # Nobody has a DTensor who has not imported it, which takes as long as importing torch.
+    # A DTensor cannot exist unless its module is already imported; importing it takes as long as
+    # importing torch.
     module = sys.modules.get("torch.distributed.tensor")
     if t is None or module is None or not isinstance(t, module.DTensor):
         return None
@@ -56,7 +57,7 @@ def local(t: Any) -> Any:
 
 
 def like(p: Tensor, part: Tensor) -> Tensor:
-    """`part` as a DTensor laid out as `p` is; `part` itself where `p` is an ordinary tensor."""
+    """`part` as a DTensor with the layout of `p`; `part` itself if `p` is a plain tensor."""
     where = layout(p)
     if where is None:
         return part
@@ -68,7 +69,7 @@ def like(p: Tensor, part: Tensor) -> Tensor:
 
 
 def shard_of(p: Tensor, whole: Tensor) -> Tensor:
-    """`whole`, which every rank has in full, laid out as `p` is. Nothing is sent."""
+    """`whole`, which every rank has in full, with the layout of `p`. No communication."""
     where = layout(p)
     if where is None or layout(whole) is not None:
         return whole
@@ -80,16 +81,16 @@ def shard_of(p: Tensor, whole: Tensor) -> Tensor:
 
 
 def check(p: Tensor, others: dict[str, Tensor | None], label: Callable[[], str]) -> None:
-    """Raise unless gradient and state lie where the parameter does."""
+    """Raise unless gradient and state are distributed like the parameter."""
     if getattr(p, "_fsdp_flattened", False):
         raise RuntimeError(
             f"{label()}: belongs to FullyShardedDataParallel (FSDP1), whose parameters are pieces "
-            "of flat ones and no layers; use torch.distributed.fsdp.fully_shard (FSDP2)"
+            "of flat buffers, not layers; use torch.distributed.fsdp.fully_shard (FSDP2)"
         )
     where = layout(p)
     if where is not None and any(placement.is_partial() for placement in where.placements):
         raise RuntimeError(
-            f"{label()}: its placements {where.placements} hold a sum that has not been taken; "
+            f"{label()}: its placements {where.placements} include a pending reduction; "
             "parameters must be Shard or Replicate"
         )
     for what, t in others.items():
@@ -113,12 +114,12 @@ def check(p: Tensor, others: dict[str, Tensor | None], label: Callable[[], str])
 
 
 class _Exchange:
-    """The tensors that are split over one mesh, and how their numbers are added up."""
+    """The tensors that are split across one mesh, and how their sums are reduced."""
 
     def __init__(self, mesh: Any, layouts: dict[int, Layout]):
         self.at = {tensor: row for row, tensor in enumerate(layouts)}
         dims = sorted({dim for lay in layouts.values() for dim in lay.split()})
-        # A tensor that is whole along a dimension is counted once there, not once a rank.
+        # A tensor that is replicated along a dimension is counted once there, not once per rank.
         place = mesh.get_coordinate() or ()
         self.silent = [
             self.at[tensor]
@@ -128,8 +129,8 @@ class _Exchange:
         ranks = 1
         for dim in dims:
             ranks *= mesh.size(dim)
-        # One collective where one existing group has exactly these ranks; making a group here
-        # could wait for ranks that do not come.
+        # One collective if an existing group has exactly these ranks; creating a group here could
+        # wait for ranks that never join.
         if len(dims) > 1 and ranks == dist.get_world_size():
             self.groups = [dist.group.WORLD]
         else:
@@ -137,7 +138,7 @@ class _Exchange:
         self._on_device: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
 
     def _constant(self, values: list[int], device: torch.device) -> Tensor:
-        """An index on the device, sent there once: a later step must not wait for a copy."""
+        """An index on the device, uploaded once: later steps must not wait for a copy."""
         key = tuple(values), device
         if key not in self._on_device:
             self._on_device[key] = torch.tensor(values, dtype=torch.int64, device=device)
@@ -167,7 +168,7 @@ class _Exchange:
             flat.index_copy_(0, source_at, sent.index_select(0, goal_at))
 
     def blank(self, tables: Sequence[tuple[list[int], Tensor]], columns: dict[int, int]) -> None:
-        """Make a column that was not added up NaN: it holds a local number, which means nothing."""
+        """Set a column that was not reduced to NaN: its local values are meaningless."""
         for index, table in tables:
             cells = [
                 row * table.shape[1] + columns[t] for row, t in enumerate(index) if t in self.at
@@ -177,7 +178,7 @@ class _Exchange:
 
 
 class Shards:
-    """Which tensors of a list are split over ranks. False where none is."""
+    """Which tensors of a list are split across ranks. False if none is."""
 
     def __init__(self, tensors: Sequence[Tensor]):
         by_mesh: dict[Any, dict[int, Layout]] = {}
@@ -193,17 +194,17 @@ class Shards:
 
     def among(self, index: list[int]) -> bool:
         """Whether any of these tensors is split."""
-        return not self._split.isdisjoint(index)
+        return bool(self._split) and not self._split.isdisjoint(index)
 
     def groups(self) -> list[tuple[Any, list[int]]]:
-        """(process group, the tensors whose numbers it adds up), in the order of their use."""
+        """Pairs (process group, the tensors whose sums it reduces), in the order of use."""
         return [(group, list(x.at)) for x in self._exchanges for group in x.groups]
 
     def add_up(self, tables: Sequence[tuple[list[int], Tensor]], options: Sequence[Any]) -> None:
         """Turn local rows [N(w)², N(g)², N(d)²] into those of whole layers.
 
-        One all-reduce of two numbers a layer for each mesh: N(w)² and what the denominator is made
-        of. The third becomes NaN.
+        One all-reduce per mesh, of two numbers per layer: N(w)² and the norm in the denominator.
+        The third becomes NaN.
 
         Args:
             tables: (the tensors' numbers, their rows).

@@ -1,7 +1,8 @@
-"""Loading optimizer checkpoints without losing precision."""
+"""Loads optimizer checkpoints without losing precision."""
 
 from __future__ import annotations
 
+import copy
 from itertools import chain
 from typing import Any
 
@@ -9,22 +10,28 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import checks, sharding
+from .. import options as table
+from .._engine import sharding, validate
+from ..options import Options
 
 _TENSOR_KEYS = ("momentum_buffer", "master_param")
-_LOW_PRECISION = (torch.float16, torch.bfloat16)
+_OTHERS = {
+    "mu", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "grad_avg", "sum",
+    "acc_delta", "prev", "row_var", "col_var", "momentum",
+}  # fmt: skip
+"""State of torch's other optimizers, and of other implementations of LARS."""
 
 
 class Restore:
-    """Around `Optimizer.load_state_dict`: checks first, exact dtypes after.
+    """Wraps `Optimizer.load_state_dict`: checks before, exact dtypes after.
 
     The base class casts state to the parameter's dtype through a static call that a subclass cannot
     override, and keeps tensors that need no cast, which then alias the checkpoint. This context
-    notes the dict that arrives after all user hooks and re-takes its tensors as copies.
+    captures the dict as it is after all user hooks and loads its tensors again as copies.
     """
 
-    def __init__(self, optimizer: Optimizer):
-        self._optimizer = optimizer
+    def __init__(self, optimizer: Optimizer, keeps_masters: bool):
+        self._optimizer, self._keeps_masters = optimizer, keeps_masters
         self._loaded: dict[str, Any] = {}
 
     def __enter__(self) -> Restore:
@@ -39,35 +46,35 @@ class Restore:
             handle.remove()
 
     def _pairs(self, saved: dict[str, Any]) -> list[tuple[Any, Tensor, str]]:
-        """Each parameter with its key in the checkpoint and what to call it."""
+        """Each parameter with its key in the checkpoint and its label for messages."""
         ids = chain.from_iterable(g["params"] for g in saved["param_groups"])
         params = []
         for g, group in enumerate(self._optimizer.param_groups):
             names = group.get("param_names") or [None] * len(group["params"])
             for i, (p, name) in enumerate(zip(group["params"], names, strict=True)):
-                params.append((p, checks.describe(f"param_groups[{g}]['params'][{i}]", p, name)))
+                params.append((p, validate.describe(f"param_groups[{g}]['params'][{i}]", p, name)))
         return [(key, p, label) for key, (p, label) in zip(ids, params, strict=True)]
 
     def _before(self, _: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-        """Refuse what does not fit, before anything is changed; add options that are missing."""
+        """Refuse a misfit before anything is changed; add options that are missing."""
         missing = [key for key in ("state", "param_groups") if key not in saved]
         if missing:
             raise ValueError(
                 f"LARS: the checkpoint has no {' and no '.join(map(repr, missing))}; "
-                "it must be what state_dict() gave"
+                "it must be what state_dict() returned"
             )
         groups = self._optimizer.param_groups
         mine, theirs = ([len(g["params"]) for g in gs] for gs in (groups, saved["param_groups"]))
         if mine != theirs:
             raise ValueError(
                 f"LARS: the checkpoint has parameter groups of {theirs} parameters, "
-                f"the optimizer of {mine}; they must be equal"
+                f"the optimizer has groups of {mine}; they must be equal"
             )
         known = []
         for g, (group, old) in enumerate(zip(groups, saved["param_groups"], strict=True)):
-            kept = {name: group[name] for name in checks.OPTION_NAMES}
+            kept = {name: group[name] for name in Options._fields}
             known.append({**kept, **old})
-            checks.check_options(known[-1], f"LARS: the checkpoint's param_groups[{g}]: ")
+            table.check(known[-1], f"LARS: the checkpoint's param_groups[{g}]: ")
         for key, p, label in self._pairs(saved):
             self._check_state(saved["state"].get(key, {}), p, label)
         self._loaded = {**saved, "param_groups": known}
@@ -79,7 +86,7 @@ class Restore:
             value = held.get(name)
             if value is None:
                 continue
-            if not isinstance(value, Tensor) or value.dtype not in checks.MOMENTUM_DTYPES:
+            if not isinstance(value, Tensor) or value.dtype not in table.MOMENTUM_DTYPES:
                 kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(
                     f"{label}: the checkpoint's {name} is a {kind}; must be a floating-point tensor"
@@ -93,10 +100,11 @@ class Restore:
             if where not in (None, sharding.layout(p)):
                 raise ValueError(
                     f"{label}: the checkpoint's {name} is laid out as {where}, unlike "
-                    "the parameter; load with torch.distributed.checkpoint, which lays it out anew"
+                    "the parameter; load with torch.distributed.checkpoint, which reshards it"
                 )
-        # Loaded as it is, another optimizer's state would be ignored and its momentum lost.
-        if held and not any(name in held for name in _TENSOR_KEYS):
+        # Loaded as it is, another optimizer's state would be ignored and its momentum lost. What
+        # wrappers of this optimizer (Lookahead, schedule-free) keep beside ours is none of that.
+        if not _OTHERS.isdisjoint(held) and not any(name in held for name in _TENSOR_KEYS):
             raise ValueError(
                 f"{label}: the checkpoint's state is {sorted(map(str, held))}; LARS keeps "
                 f"{list(_TENSOR_KEYS)}; use convert_state_dict for another optimizer's checkpoint"
@@ -108,10 +116,14 @@ class Restore:
             if state is None:
                 continue
             for name, value in self._loaded["state"][key].items():
-                if isinstance(value, Tensor) and value.is_floating_point():
+                if not isinstance(value, Tensor):
+                    state[name] = copy.deepcopy(value)  # torch makes a generator's name of a string
+                elif value.is_floating_point() and value.shape == p.shape:
                     part = sharding.local(sharding.shard_of(p, value))
                     own = torch.empty_like(part, device=sharding.local(p).device).copy_(part)
                     state[name] = sharding.like(p, own)
+                else:
+                    state[name] = value.detach().to(state[name].device, copy=True)
             # A master that no step will write would be out of date when it is next read.
-            if not (optimizer.defaults["master_weights"] and p.dtype in _LOW_PRECISION):
+            if not (self._keeps_masters and p.dtype in validate.LOW_PRECISION):
                 state.pop("master_param", None)

@@ -1,8 +1,10 @@
-"""Whether all ranks of a process group hold the same parameters and options, in the same order."""
+"""Checks that all ranks hold the same parameters and options in the same order."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -16,14 +18,16 @@ from . import sharding
 def check_same_on_all_ranks(optimizer: Optimizer, group: Any = None) -> None:
     """Raise on every rank unless the optimizer is the same on all of them.
 
-    Compared are the number of groups, their options, and each parameter's place, name (where the
-    optimizer was given names), shape, dtype and placements. A collective call: every rank of
+    Compared are what runs the steps (`optimizer.backend`: after a step what ran it, before the
+    first one what is expected) with which versions of torch and triton, the number of groups, their
+    options, and each parameter's place, name (where the optimizer was given names), shape, dtype
+    and placements. A collective call: every rank of
     `group` has to make it, or those that do wait until the group's timeout. Two small messages a
     rank; call it once, after construction.
 
-    Done without asking on the first step with sharded parameters and by `overlap_with_backward`.
-    A plain `LARS` cannot do it by itself: it does not know which ranks are to have the same
-    parameters (stages of a pipeline do not), nor which of them will step.
+    The first step with sharded parameters and `overlap_with_backward` do it automatically. A plain
+    `LARS` cannot: it does not know which ranks should have the same parameters (stages of a
+    pipeline do not), nor which of them will step.
 
     Args:
         optimizer: any optimizer.
@@ -32,14 +36,30 @@ def check_same_on_all_ranks(optimizer: Optimizer, group: Any = None) -> None:
     Raises:
         RuntimeError: naming the first difference and the ranks that differ.
     """
-    compare(optimizer, group)
+    compare(optimizer.param_groups, group, runs=_runs(optimizer))
 
 
-def compare(optimizer: Optimizer, group: Any, only: set[int] | None = None) -> None:
+def _runs(optimizer: Optimizer) -> list[str]:
+    backend = getattr(optimizer, "backend", None)
+    if backend is None:
+        return []
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = "none"
+    return [f"the steps run on backend {backend!r} (torch {torch.__version__}, triton {triton})"]
+
+
+def compare(
+    groups: Sequence[dict[str, Any]],
+    group: Any,
+    only: set[int] | None = None,
+    runs: Sequence[str] = (),
+) -> None:
     """`check_same_on_all_ranks`, of the parameters with the ids `only` where it is given."""
     if dist.get_rank(group) < 0:
         return
-    lines = _describe(optimizer, only)
+    lines = [*runs, *_describe(groups, only)]
     digest = hashlib.blake2b("\n".join(lines).encode(), digest_size=16).digest()
     digests = _gather(digest, group)
     if all(other == digest for other in digests):
@@ -55,10 +75,10 @@ def _gather(value: Any, group: Any) -> list[Any]:
     return found
 
 
-def _describe(optimizer: Optimizer, only: set[int] | None) -> list[str]:
-    """One line a group and a parameter, in order."""
+def _describe(groups: Sequence[dict[str, Any]], only: set[int] | None) -> list[str]:
+    """One line per group and per parameter, in order."""
     lines = []
-    for g, group in enumerate(optimizer.param_groups):
+    for g, group in enumerate(groups):
         names = group.get("param_names")
         options = {
             key: value
@@ -80,7 +100,7 @@ def _describe(optimizer: Optimizer, only: set[int] | None) -> list[str]:
 
 def _first_difference(everyone: list[list[str]]) -> str:
     # Parameters before groups: the first of them that differs says more than two counts do.
-    for kind in ("]['params'][", "] has "):
+    for kind in ("]['params'][", "] has ", "the steps run on"):
         kept = [[line for line in lines if kind in line] for lines in everyone]
         for at in range(max(map(len, kept))):
             seen: dict[str, list[int]] = {}

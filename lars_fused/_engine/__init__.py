@@ -1,0 +1,1 @@
+"""Private: the engine behind `LARS.step()`. `docs/architecture.md` walks through it."""

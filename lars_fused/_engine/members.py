@@ -1,0 +1,216 @@
+"""Names of parameters, the models that they came from, and what took their place there.
+
+`fully_shard`, tensor parallelism, `to_empty` and plain assignment put other parameters into a
+model. An optimizer that holds the old ones trains nothing, and nobody says so. Where the model is
+known (`param_groups(model, ...)` leaves a trace in its groups), the new ones are found by name.
+"""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+Model = weakref.ref[nn.Module]
+
+
+_BIAS_NAME = re.compile(r"(^|_)bias(_|$)")
+
+
+def is_bias(name: str) -> bool:
+    """Whether the last part of a name says so: `bias`, `bias_k`, `in_proj_bias`, `bias_ih_l0`."""
+    return _BIAS_NAME.search(name.rpartition(".")[2]) is not None
+
+
+class NamedParameter(tuple[str, Tensor]):
+    """(name, parameter), which answers as the parameter for those who expect a bare one.
+
+    `torch.optim.Optimizer` takes the pair apart. What stands before it, such as
+    ZeroRedundancyOptimizer, may look at `device`, `numel()` or `requires_grad` of a group's
+    parameters, or hand them to torch functions. Copies and pickles are plain pairs.
+    """
+
+    model: Model | None
+
+    def __new__(cls, name: str, parameter: Tensor, model: Model | None = None) -> NamedParameter:
+        """The pair, and the model that it was found in."""
+        pair = super().__new__(cls, (name, parameter))
+        pair.model = model
+        return pair
+
+    def __getattr__(self, attribute: str) -> Any:
+        # Protocols such as __deepcopy__ are about the pair.
+        if attribute.startswith("__"):
+            raise AttributeError(attribute)
+        return getattr(self[1], attribute)
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Torch functions see the parameter."""
+        return function(*map(_bare, args), **{k: _bare(v) for k, v in (kwargs or {}).items()})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return tuple, (tuple(self),)
+
+
+def _bare(value: Any) -> Any:
+    if isinstance(value, NamedParameter):
+        return value[1]
+    return type(value)(map(_bare, value)) if type(value) in (list, tuple) else value
+
+
+def successor(model: nn.Module, name: str, p: Tensor) -> Tensor | None:
+    """The parameter that took the place of `p`; None where `p` is in place, or nothing is there."""
+    if any(p is held for held in model.parameters()):
+        return None
+    owner: Any = model
+    *path, last = name.split(".")
+    for step in path:
+        owner = getattr(owner, step, None)
+    found = getattr(owner, last, None)
+    return found if isinstance(found, nn.Parameter) else None
+
+
+def follow(members: Sequence[Any], label: Callable[[int, Tensor, str], str]) -> list[Any]:
+    """The members of a new group, each the one that its model holds now.
+
+    Raises:
+        ValueError: for a parameter that was replaced by one of another shape.
+    """
+    found: list[Any] = []
+    for i, member in enumerate(members):
+        model = member.model() if isinstance(member, NamedParameter) and member.model else None
+        new = None if model is None else successor(model, *member)
+        if new is not None and new.shape != member[1].shape:
+            raise ValueError(
+                f"{label(i, member[1], member[0])}: was replaced in the model by a parameter of "
+                f"shape {tuple(new.shape)} after param_groups; call param_groups again"
+            )
+        found.append(member if new is None else NamedParameter(member[0], new, member.model))
+    return found
+
+
+class _Origin(NamedTuple):
+    parameter: Tensor
+    """Held, so that its id is not given to another one."""
+    name: str
+    model: Model
+
+
+class Origins:
+    """Which model and name each parameter of an optimizer came from, as far as it is known."""
+
+    def __init__(self) -> None:
+        self._of: dict[int, _Origin] = {}
+
+    def note(self, members: Sequence[Any]) -> None:
+        """Remember the members of a new group."""
+        for m in members:
+            if isinstance(m, NamedParameter) and m.model is not None:
+                self._of[id(m[1])] = _Origin(m[1], m[0], m.model)
+
+    def keep(self, params: Sequence[Tensor]) -> None:
+        """Forget all others."""
+        if self._of:
+            held = set(map(id, params))
+            self._of = {key: origin for key, origin in self._of.items() if key in held}
+
+    def names(self) -> dict[int, str]:
+        """By `id`, the name of every parameter of the models that are known."""
+        models = {id(m): m for o in self._of.values() if (m := o.model()) is not None}
+        return {id(p): name for m in models.values() for name, p in m.named_parameters()}
+
+    def replaced(self, params: Sequence[Tensor]) -> dict[int, Tensor]:
+        """By its `id`, what took the place of a parameter, unless that is among `params`, too."""
+        held = set(map(id, params))
+        live: dict[int, set[int]] = {}
+        found = {}
+        for key, (p, name, ref) in self._of.items():
+            model = ref()
+            if model is None:
+                continue
+            if id(model) not in live:
+                live[id(model)] = set(map(id, model.parameters()))
+            if key in live[id(model)]:
+                continue
+            new = successor(model, name, p)
+            if new is not None and id(new) not in held and new.shape == p.shape:
+                found[key] = new
+        return found
+
+
+def named_alike(
+    group: dict[str, Any], groups: Sequence[Mapping[str, Any]], known: Mapping[int, str]
+) -> dict[str, Any]:
+    """A new group, with names or without, as the others of its optimizer: torch wants all alike.
+
+    Names that come beside bare parameters are dropped: who divides a group among ranks
+    (ZeroRedundancyOptimizer) copies the whole list with each part. A wrong name is worse than none.
+
+    Args:
+        group: its `params` is a list of parameters, or of (name, parameter).
+        groups: those that the optimizer has.
+        known: names by `id` of the parameter.
+    """
+    members = group["params"]
+    bare = [m for m in members if not isinstance(m, tuple)]
+    group = {key: value for key, value in group.items() if key != "param_names"}
+    if not groups or (bare and len(bare) < len(members)):  # torch says what it thinks of half
+        return group
+    if "param_names" not in groups[0]:
+        return {**group, "params": [m[1] if isinstance(m, tuple) else m for m in members]}
+    if not bare:
+        return group
+    taken = {name for other in groups for name in other["param_names"]}
+    pairs = []
+    for i, p in enumerate(members):
+        name = known.get(id(p), f"param_groups[{len(groups)}].{i}")
+        pairs.append((name if name not in taken else f"param_groups[{len(groups)}].{i}", p))
+    return {**group, "params": pairs}
+
+
+class Layers:
+    """What each group was made of, to know pieces of flat buffers that are put in its place."""
+
+    def __init__(self) -> None:
+        self._made: list[tuple[set[int], int, int]] = []
+
+    def note(self, group: Mapping[str, Any]) -> None:
+        """Remember a new group: its parameters by `id`, their number and most dimensions."""
+        params = group["params"]
+        most = max((p.dim() for p in params), default=0)
+        self._made.append((set(map(id, params)), len(params), most))
+
+    def check(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Raise where a group's layers were exchanged for partitions of flat buffers.
+
+        ZeRO of DeepSpeed does so: what it hands over has one dimension and holds parts of several
+        layers, or of one. Norms of such pieces are not those of layers.
+        """
+        for g, group in enumerate(groups):
+            params, names = group["params"], group.get("param_names")
+            if names is not None and len(names) != len(params):
+                raise RuntimeError(
+                    f"LARS: param_groups[{g}] has {len(params)} parameters and {len(names)} names; "
+                    f"change 'params' and 'param_names' together. {_FLAT}"
+                )
+            if g >= len(self._made) or not params or not group.get("adapt", True):
+                continue
+            made, count, most = self._made[g]
+            new = made.isdisjoint(map(id, params))
+            if new and all(p.dim() == 1 for p in params) and (most > 1 or len(params) < count):
+                raise RuntimeError(
+                    f"LARS: param_groups[{g}]: its {count} parameters were exchanged for "
+                    f"{len(params)} of one dimension, which are no layers. {_FLAT}"
+                )
+
+
+_FLAT = (
+    "Partitions of flat buffers, as ZeRO of DeepSpeed hands them to its optimizer, have no norms "
+    "of layers; use DDP, ZeroRedundancyOptimizer or torch.distributed.fsdp.fully_shard"
+)

@@ -1,0 +1,352 @@
+"""A step that is checked, partitioned and has its tables: what `LARS.step` and `lars_step` run.
+
+    seen = step.see(grads)                      read what the host must know; no side effects
+    step.matches(seen, options)                 whether preparing it again would change nothing
+    step.run(seen, options, scaling)            launch
+
+A prepared step belongs to one list of tensors. Its kernel launches hold their tables; torch
+operations update tensors that the kernels do not support, in the same step.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .. import reference
+from ..options import Options
+from . import graph_pool, launch, partition, replicas, sharding, wrapped
+from .graph_pool import GraphPool
+from .launch_tables import Contents, LaunchTables
+from .new_state import StepState
+from .partition import LaunchKey
+from .tensors import Fingerprint, Scaling, StepTensors, fingerprint, places
+from .torch_part import TorchPart
+
+Label = Callable[[int], str]
+Row = tuple[float, ...]
+_warned: set[str] = set()
+
+
+def warn_once(reason: str) -> None:
+    """Warn that the kernels do not run where expected, once per reason and process."""
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(
+            f"LARS: falling back to the portable path: {reason}", RuntimeWarning, stacklevel=5
+        )
+
+
+class Seen(NamedTuple):
+    """The tensors of one call of `step()` and their fingerprint."""
+
+    tensors: StepTensors
+    fingerprint: Fingerprint
+
+
+@dataclass(frozen=True)
+class _KernelPart:
+    """The tensors of one launch."""
+
+    key: LaunchKey
+    index: list[int]
+    tables: LaunchTables
+
+
+class PreparedStep:
+    """One list of tensors, checked and split between kernel launches and torch operations."""
+
+    def __init__(
+        self,
+        state: StepState,
+        grads: list[Tensor],
+        groups: Sequence[int],
+        options: Sequence[Options],
+        backend: str,
+        label: Label,
+        pool: GraphPool | None = None,
+    ):
+        """Partition the work and make its tables; nothing is written.
+
+        Args:
+            state: parameters and their state, checked.
+            grads: one per parameter.
+            groups: for each parameter, its index into `options`.
+            options: hyper-parameters of each group.
+            backend: "auto", "triton" or "torch".
+            label: prefix of a message about the i-th parameter.
+            pool: the optimizer's, if its steps may be captured into CUDA graphs.
+
+        Raises:
+            RuntimeError: with backend="triton", for a tensor that the kernels do not support.
+        """
+        self.state, self._groups, self._pool = state, groups, pool
+        self._auto = backend == "auto"
+        self._plan_facts = plan_facts(options)
+        tensors = state.tensors(grads)
+        known = fingerprint(tensors)
+        assert known is not None, "every gradient was checked"
+        self._known, self._places = known, places(tensors)
+        self._shards = sharding.Shards(state.params)
+        divided = partition.divide(tensors, backend, launch.why_not)
+        _report(divided, tensors, backend, label)
+        self._numels = [w.numel() for w in tensors.weights]
+        self._kernel_parts = [
+            _KernelPart(key, index, self._tables(key, index, options, state.fresh))
+            for key, index in divided.launches.items()
+        ]
+        self._torch_parts = [
+            TorchPart(device, index, [state.fresh[i] for i in index])
+            for device, index in divided.rest.items()
+        ]
+        for i in divided.wrapped:
+            wrapped.rehearse(tensors, i, options[groups[i]], label)
+        self._written = [p for p in state.params if not p.is_inference()]
+        # Where each launch of the last step left its sums and ratios.
+        self._results: list[tuple[list[int], Tensor, Tensor]] = []
+        self._result_options: Sequence[Options] = options
+        self._reserve(options)
+
+    # ---------------------------------------------------------------- before a step
+
+    def see(self, grads: Sequence[Tensor | None]) -> Seen | None:
+        """What a step with these gradients would work on; None if the layout of one changed."""
+        if self.state.sharded and [sharding.layout(g) for g in grads] != self.state.layouts:
+            return None
+        tensors = self.state.tensors(grads)
+        read = fingerprint(tensors)
+        if read is None:
+            return None
+        if read.addresses == self._known.addresses:  # comparing the same object is then immediate
+            read = read._replace(addresses=self._known.addresses)
+        return Seen(tensors, read)
+
+    def matches(self, seen: Seen, options: Sequence[Options]) -> bool:
+        """Whether this step is still valid for these tensors and hyper-parameters."""
+        if plan_facts(options) != self._plan_facts or seen.fingerprint[1:] != self._known[1:]:
+            return False
+        return (
+            seen.fingerprint.addresses is self._known.addresses
+            or places(seen.tensors) == self._places
+        )
+
+    def gradients_are_zero(self, seen: Seen) -> bool:
+        """Whether every gradient is 0, on all ranks that share them. Waits for the device."""
+        moving = any(bool(torch.any(g != 0)) for g in seen.tensors.grads)
+        device = self.state.params[0].device
+        for group, _ in self._shards.groups():
+            flag = torch.full((1,), float(moving), device=device)
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
+            moving = bool(flag)
+        return not moving
+
+    # --------------------------------------------------------------------- the step
+
+    def run(self, seen: Seen, options: Sequence[Options], scaling: Scaling) -> None:
+        """Take one step. Nothing is written before every table is ready.
+
+        Args:
+            seen: for which `matches` is true.
+            options: hyper-parameters of each group.
+            scaling: loss scale, and the flag that skips the step.
+        """
+        tensors, self._known = seen.tensors, seen.fingerprint
+        parts = self._parts_of_this_run(tensors, options)
+        for part in parts:
+            part.tables.fill(seen.fingerprint.addresses.select(part.index), options)
+        whole = self._norms_of_whole_layers(parts, tensors, options, scaling)
+        self._results, self._result_options = [], options
+        for part in parts:
+            self._launch(part, scaling)
+        for torch_part in self._torch_parts:
+            torch_part.run(tensors, self._groups, options, scaling, whole.get(torch_part.device))
+        # The kernels' writes are invisible to autograd.
+        torch.autograd.graph.increment_version(self._written)
+        if self.state.sharded:
+            torch.autograd.graph.increment_version(tensors.written())
+
+    def _parts_of_this_run(
+        self, tensors: StepTensors, options: Sequence[Options]
+    ) -> list[_KernelPart]:
+        """The kernel parts, with separate tables if the step is being captured."""
+        if not any(launch.capturing(part.tables.device) for part in self._kernel_parts):
+            self._reserve(options)
+            return list(self._kernel_parts)
+        if self._pool is None:
+            graph_pool.refuse(capturable=False)
+        tables = self._pool.take(self, tensors)
+        return [
+            replace(part, tables=own) for part, own in zip(self._kernel_parts, tables, strict=True)
+        ]
+
+    def _reserve(self, options: Sequence[Options]) -> None:
+        """Prepare tables for a capture."""
+        if self._pool is not None:
+            never = [False] * len(self._numels)
+            self._pool.reserve(
+                self,
+                lambda: [
+                    self._tables(part.key, part.index, options, never, staged=True)
+                    for part in self._kernel_parts
+                    if part.tables.device.type == "cuda"
+                ],
+            )
+
+    def _tables(
+        self, key: LaunchKey, index: list[int], options: Sequence[Options],
+        fresh: Sequence[bool], staged: bool = False,
+    ) -> LaunchTables:  # fmt: skip
+        groups = [self._groups[i] for i in index]
+        contents = Contents(
+            tuple(self._numels[i] for i in index),
+            tuple(options[g].adapt for g in groups),
+            tuple(groups),
+            tuple(fresh[i] for i in index),
+            len(options),
+        )
+        halves = self._shards.among(index)
+        return LaunchTables(*key, contents, staged=staged, halves=halves)
+
+    def _launch(self, part: _KernelPart, scaling: Scaling) -> None:
+        tables, split = part.tables, self._shards.among(part.index)
+        on_device = scaling.on(tables.device)
+        take = tables.update if split else tables.step
+        try:
+            take(on_device)
+        except Exception:  # anything can go wrong in compiling or launching a kernel
+            if not self._may_retry(tables, split):
+                raise
+            try:
+                # Processes that share a cache folder disturb each other: the second try finds it.
+                take(on_device)
+            except Exception as error:
+                if not self._may_retry(tables, split):
+                    raise
+                if replicas.exist():
+                    raise replicas.refusal(error) from error
+                self._fall_back(part, error)
+                return
+        self._results.append((part.index, tables.sums, tables.ratios))
+
+    def _may_retry(self, tables: LaunchTables, split: bool) -> bool:
+        """Whether a failed launch did nothing, and "auto" may find another way."""
+        untouched = tables.recover()
+        return self._auto and untouched and not split and not launch.capturing(tables.device)
+
+    def _fall_back(self, part: _KernelPart, error: Exception) -> None:
+        """Hand the tensors of a failed launch to torch operations, from this step on."""
+        warn_once(f"the kernel could not be launched ({type(error).__name__}: {error})")
+        begun = part.tables.steps_taken() > 0
+        fresh = [self.state.fresh[i] and not begun for i in part.index]
+        self._torch_parts.append(TorchPart(part.tables.device, part.index, fresh))
+        self._kernel_parts = [p for p in self._kernel_parts if p.index is not part.index]
+
+    def _norms_of_whole_layers(
+        self, parts: list[_KernelPart], tensors: StepTensors, options: Sequence[Options],
+        scaling: Scaling,
+    ) -> dict[torch.device, Tensor]:  # fmt: skip
+        """Norms of whole layers for tensors that are split across ranks.
+
+        Written into the `sums` of every launch that holds shards; those of the torch parts are
+        returned, by device.
+        """
+        if not self._shards:
+            return {}
+        found = []
+        for part in parts:
+            if self._shards.among(part.index):
+                part.tables.sums.zero_()  # no item writes the row of an empty shard
+                part.tables.norms(scaling.on(part.tables.device))
+                found.append((part.index, part.tables.sums))
+        own = {}
+        for torch_part in self._torch_parts:
+            sums = torch_part.square_sums(tensors, self._groups, options, scaling)
+            own[torch_part.device] = sums
+            found.append((torch_part.index, sums))
+        self._shards.add_up(found, [options[g] for g in self._groups])
+        return own
+
+    # ---------------------------------------------------------------- after a step
+
+    def split_over(self) -> list[tuple[object, set[int]]]:
+        """Pairs (process group, `id` of the parameters that it splits), in the order of use."""
+        params = self.state.params
+        return [(group, {id(params[i]) for i in at}) for group, at in self._shards.groups()]
+
+    @property
+    def backends(self) -> set[str]:
+        """The backends in use: "triton", "torch" or both."""
+        found = {"triton"} if self._kernel_parts else set()
+        return found | ({"torch"} if self._torch_parts else set())
+
+    @property
+    def tables(self) -> list[LaunchTables]:
+        """The tables of each kernel launch."""
+        return [part.tables for part in self._kernel_parts]
+
+    def stats(self) -> dict[int, Row]:
+        """Each tensor's N(w), N(g), N(d), q and γq in the last step. Synchronises."""
+        results = self._results + [
+            r for part in self._torch_parts if (r := part.results()) is not None
+        ]
+        for part in self._kernel_parts:
+            part.tables.check_queue()
+        found: dict[int, Row] = {}
+        for index, sums, ratios in results:
+            rows = torch.cat([sums.sqrt(), ratios], 1).tolist()
+            for at, (i, row) in enumerate(zip(index, rows, strict=True)):
+                if self._numels[i] == 0:
+                    # This rank's shard is empty; other ranks may hold some of it.
+                    row[3:] = _rates(sums[at], self._result_options[self._groups[i]])
+                found[i] = tuple(row)
+        return found
+
+    def rows_on_device(self) -> list[tuple[list[int], Tensor]]:
+        """The same where it is, by launch and without waiting; not of empty parts of a tensor."""
+        results = self._results + [
+            r for part in self._torch_parts if (r := part.results()) is not None
+        ]
+        found = []
+        for index, sums, ratios in results:
+            rows = torch.cat([sums.sqrt(), ratios], 1)
+            held = [at for at, i in enumerate(index) if self._numels[i] > 0]
+            if len(held) < len(index):
+                rows = torch.stack([rows[at] for at in held]) if held else rows[:0]
+            found.append(([index[at] for at in held], rows))
+        return found
+
+    def untaken(self) -> set[int]:
+        """The `id` of each parameter whose steps were all skipped. Synchronises."""
+        index = [i for part in self._kernel_parts if part.tables.steps_taken() == 0
+                 for i in part.index]  # fmt: skip
+        index += [i for part in self._torch_parts if part.steps_taken() == 0 for i in part.index]
+        return {id(self.state.params[i]) for i in index}
+
+
+def plan_facts(options: Sequence[Options]) -> list[tuple[bool, bool, bool]]:
+    """Options that the plan depends on; changing others only changes numbers in a table."""
+    return [(o.adapt, o.momentum != 0, o.dampening != 0) for o in options]
+
+
+def _report(divided: partition.Partition, tensors: StepTensors, backend: str, label: Label) -> None:
+    """Raise or warn if the kernels cannot update a tensor that they were expected to."""
+    for i, reason in divided.reasons.items():
+        if backend == "triton":
+            raise RuntimeError(
+                f"{label(i)}: backend='triton' cannot update it: {reason}; or use backend='auto'"
+            )
+    if backend == "auto":
+        for device in divided.rest:
+            if launch.expected(device) and (missing := launch.why_not(device)):
+                warn_once(missing)
+
+
+def _rates(sums: Tensor, o: Options) -> list[float]:
+    q = float(reference.trust_ratios(sums.cpu().unsqueeze(0), [o])[0])
+    return [q, q * float(o.lr)]

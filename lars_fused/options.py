@@ -1,0 +1,244 @@
+"""The hyper-parameters of LARS, one line each: name, type, default, range, meaning, kernel word.
+
+Every list of them is either generated from this table (validation, the kernel's group row, defaults
+for old checkpoints, `docs/options.md`) or checked against it by tests/test_options_table.py (the
+signatures of `LARS` and `lars_step`, their docstrings, the use of each in the equations).
+
+    python -c "from lars_fused import options; print(options.documentation_table())"
+
+prints the table of docs/options.md.
+"""
+
+# Annotations are read at run time, so no `from __future__ import annotations` here.
+import math
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .kernels import layout
+
+
+def _check_number(name: str, value: object, largest: float | None, where: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        extra = " or a 1-element tensor" if name == "lr" else ""
+        raise TypeError(
+            f"{where}{name}={value!r} is a {type(value).__name__}; must be a number{extra}"
+        )
+    allowed = "a finite number >= 0" if largest is None else f"in [0, {largest:g}]"
+    number = float(value)
+    if not math.isfinite(number) or number < 0 or (largest is not None and number > largest):
+        raise ValueError(f"{where}{name}={value!r} is not allowed; must be {allowed}")
+
+
+def check_choice(name: str, value: object, allowed: Sequence[Any], where: str) -> None:
+    """Raise ValueError unless `value` is one of `allowed`."""
+    if not any(value is a or (type(value) is type(a) and value == a) for a in allowed):
+        raise ValueError(f"{where}{name}={value!r} is not allowed; must be one of {list(allowed)}")
+
+
+def check_flag(name: str, value: object, where: str) -> None:
+    """Raise TypeError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{where}{name}={value!r} is not allowed; must be True or False")
+
+
+class Number(NamedTuple):
+    """A real number, 0 or above."""
+
+    symbol: str
+    meaning: str
+    word: int
+    """Its index in the kernels' row of a parameter group (`kernels/layout.py`)."""
+    encode: Callable[[Any], float] = float
+    largest: float | None = None
+
+    @property
+    def allowed(self) -> str:
+        """The range, for people."""
+        return ">= 0" if self.largest is None else f"0 to {self.largest:g}"
+
+    def check(self, name: str, value: object, where: str) -> None:
+        """Raise unless `value` is in range."""
+        _check_number(name, value, self.largest, where)
+
+
+class LearningRate(NamedTuple):
+    """A number, or a 1-element tensor that the kernels read from the device."""
+
+    symbol: str
+    meaning: str
+    word: int
+    encode: Callable[[Any], float] = float
+
+    @property
+    def allowed(self) -> str:
+        """The range, for people."""
+        return ">= 0, or a 1-element tensor"
+
+    def check(self, name: str, value: object, where: str, read_device: bool = True) -> None:
+        """Raise unless `value` is in range. Device tensors are read only with `read_device`."""
+        if not isinstance(value, Tensor):
+            _check_number(name, value, None, where)
+            return
+        if value.numel() != 1:
+            raise ValueError("Tensor lr must be 1-element")
+        if not value.is_floating_point():
+            raise TypeError(
+                f"{where}lr is a tensor of {value.dtype}; must be a floating-point tensor"
+            )
+        # Reading a device tensor synchronises: done at construction, never in a step.
+        if value.device.type == "cpu" or read_device:
+            _check_number(name, float(value), None, where)
+
+
+class Flag(NamedTuple):
+    """True or False."""
+
+    symbol: str
+    meaning: str
+    word: int
+    encode: Callable[[Any], float] = float
+
+    @property
+    def allowed(self) -> str:
+        """The range, for people."""
+        return "True, False"
+
+    def check(self, name: str, value: object, where: str) -> None:
+        """Raise unless `value` is a bool."""
+        check_flag(name, value, where)
+
+
+class Choice(NamedTuple):
+    """One of a few names, each with its code in the kernels."""
+
+    symbol: str
+    meaning: str
+    word: int
+    codes: Mapping[str, int]
+
+    def encode(self, value: Any) -> float:
+        """The code, as stored in the row."""
+        return float(self.codes[value])
+
+    @property
+    def allowed(self) -> str:
+        """The range, for people."""
+        return ", ".join(f'"{name}"' for name in self.codes)
+
+    def check(self, name: str, value: object, where: str) -> None:
+        """Raise unless `value` is one of the names."""
+        check_choice(name, value, list(self.codes), where)
+
+
+Kind = Number | LearningRate | Flag | Choice
+
+
+class Options(NamedTuple):
+    """The hyper-parameters of one parameter group."""
+
+    # fmt: off
+    lr: Annotated[float | Tensor, LearningRate("γ", "learning rate", layout.LR)] = 1.0
+    momentum: Annotated[float, Number("μ", "momentum", layout.MOMENTUM, largest=1.0)] = 0.9
+    weight_decay: Annotated[float, Number("β", "weight decay", layout.DECAY)] = 0.0
+    trust_coefficient: Annotated[
+        float, Number("η", "factor of the trust ratio", layout.TRUST)] = 0.001
+    eps: Annotated[
+        float, Number("ε", "added to the denominator of the trust ratio", layout.EPS)] = 1e-8
+    dampening: Annotated[
+        float, Number("τ", "dampening of the momentum", layout.KEEP, lambda t: 1.0 - t, 1.0)] = 0.0
+    nesterov: Annotated[bool, Flag("", "Nesterov momentum", layout.NESTEROV)] = False
+    denominator: Annotated[str, Choice(
+        "D", "norms in the denominator of the trust ratio", layout.DENOMINATOR,
+        layout.DENOMINATORS)] = "sum"
+    lr_in_momentum: Annotated[
+        bool, Flag("", "whether γ is inside the momentum buffer", layout.LR_IN_MOMENTUM)] = True
+    trust_clip: Annotated[
+        bool, Flag("", "clip the trust ratio: q = min(q/γ, 1)", layout.CLIP)] = False
+    decay_zero_norm: Annotated[
+        bool, Flag("", "whether a tensor with a zero norm decays", layout.DECAY_ZERO_NORM)] = True
+    adapt: Annotated[bool, Flag("", "whether the trust ratio is used", layout.ADAPT)] = True
+    maximize: Annotated[
+        bool, Flag("", "maximize the objective", layout.SIGN, lambda m: -1.0 if m else 1.0)] = False
+    # fmt: on
+
+
+TABLE: dict[str, Kind] = {
+    name: hint.__metadata__[0] for name, hint in Options.__annotations__.items()
+}
+
+
+class Settings(NamedTuple):
+    """Options of the whole optimizer rather than of a group: storage, and how a step runs."""
+
+    momentum_dtype: torch.dtype = torch.float32
+    master_weights: bool = False
+    capturable: bool = False
+    exclude_ndim: int = -1
+    backend: str = "auto"
+
+
+BACKENDS = ("auto", "torch", "triton")
+MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with floats in the place of other numbers (numpy's), which checkpoints can hold."""
+
+    def foreign(name: str, value: Any) -> bool:
+        number = name in TABLE and isinstance(value, numbers.Real)
+        return number and type(value) not in (int, float, bool)
+
+    return {n: float(value) if foreign(n, value) else value for n, value in values.items()}
+
+
+def pick(values: Mapping[str, Any]) -> Options:
+    """Pick the options out of `values`: a group, or the arguments of a call."""
+    return Options(**{name: values[name] for name in Options._fields})
+
+
+def check(values: Mapping[str, Any], where: str, read_device: bool = True) -> None:
+    """Raise unless every hyper-parameter of one group is allowed.
+
+    Args:
+        values: has every option by name.
+        where: prefix of the message, such as "LARS: param_groups[0]: ".
+        read_device: whether to read a learning rate in device memory, which synchronises.
+
+    Raises:
+        ValueError, TypeError: naming the option, its value and what is allowed.
+    """
+    for name, kind in TABLE.items():
+        if isinstance(kind, LearningRate):
+            kind.check(name, values[name], where, read_device)
+        else:
+            kind.check(name, values[name], where)
+    if values["nesterov"] and (values["momentum"] == 0 or values["dampening"] != 0):
+        raise ValueError(
+            f"{where}nesterov=True requires momentum > 0 and dampening=0; "
+            f"got momentum={values['momentum']!r}, dampening={values['dampening']!r}"
+        )
+
+
+def check_settings(settings: Settings, where: str) -> None:
+    """Raise unless the options of the whole optimizer are allowed."""
+    check_choice("backend", settings.backend, BACKENDS, where)
+    check_choice("momentum_dtype", settings.momentum_dtype, MOMENTUM_DTYPES, where)
+    check_flag("master_weights", settings.master_weights, where)
+    check_flag("capturable", settings.capturable, where)
+    ndim = settings.exclude_ndim
+    if isinstance(ndim, bool) or not isinstance(ndim, numbers.Integral) or ndim < -1:
+        raise ValueError(f"{where}exclude_ndim={ndim!r} is not allowed; must be an int >= -1")
+
+
+def documentation_table() -> str:
+    """The hyper-parameters as a Markdown table."""
+    lines = ["| option | symbol | allowed | default | meaning |", "|---|---|---|---|---|"]
+    for name, kind in TABLE.items():
+        default = Options._field_defaults[name]
+        shown = f'"{default}"' if isinstance(default, str) else f"{default}"
+        lines.append(f"| `{name}` | {kind.symbol} | {kind.allowed} | `{shown}` | {kind.meaning} |")
+    return "\n".join(lines)
