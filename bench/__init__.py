@@ -1,1 +1,1 @@
-"""Measurements: model shapes, peers, the traffic model, and the records that they leave."""
+"""Benchmarks: model shapes, peers, the traffic model, and the files they write."""

@@ -1,8 +1,8 @@
 """How often DDP's bucket views are misaligned: `python -m bench buckets`.
 
-With `gradient_as_bucket_view=True` a gradient is a stretch of a flat bucket, wherever the gradients
-before it end. The kernels' 128-bit path needs 16 bytes; other gradients go element by element.
-The assignment to buckets is DDP's own; nothing is allocated or timed.
+With `gradient_as_bucket_view=True` a gradient is a slice of a flat bucket that starts wherever the
+previous gradient ends. The kernels' 128-bit path needs 16-byte alignment; other gradients are read
+element by element. The assignment to buckets is DDP's own; nothing is allocated or timed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def misaligned(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[bool]:
 
 
 def resnet50_of_10_classes() -> Shapes:
-    """Published heads have 1,000 classes, a multiple of every alignment; this one has not."""
+    """Published heads have 1,000 classes, a multiple of every alignment; this one does not."""
     return [(n, (10, *shape[1:]) if n.startswith("fc.") else shape) for n, shape in resnet50()]
 
 

@@ -23,7 +23,7 @@ _LARGEST = 2048 * 2048
 
 
 def slug(name: str) -> str:
-    """resnet50 for ResNet-50: how parts of a run are named."""
+    """A name for a part of a run: resnet50 for ResNet-50."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
@@ -44,13 +44,13 @@ class Case:
 
     @property
     def least_bytes(self) -> int:
-        """Read w, g, v, write w, v, each once: 20 a parameter in fp32."""
+        """Read w, g, v, write w, v, each once: 20 per parameter in fp32."""
         w, g, v = (dtype.itemsize for dtype in DTYPES[self.dtype])
         return self.n_params * (2 * w + g + 2 * v)
 
     @property
     def two_pass_bytes(self) -> int:
-        """The same with w and g of adapted tensors read twice: 28 a parameter in fp32."""
+        """The same with w and g of adapted tensors read twice: 28 per parameter in fp32."""
         w, g, _ = (dtype.itemsize for dtype in DTYPES[self.dtype])
         again = sum(prod(shape) for name, shape in self.shapes if adapted(name, shape))
         return self.least_bytes + again * (w + g)
@@ -67,7 +67,7 @@ class Case:
         return Inputs(*columns, [adapted(name, shape) for name, shape in self.shapes])
 
     def copy_elements(self, device: torch.device) -> int:
-        """fp32 elements of the copy that gives the bandwidth: well beyond every cache."""
+        """fp32 elements of the copy that measures bandwidth: well beyond every cache."""
         return (1 << 28) if device.type == "cuda" else (1 << 24)
 
 

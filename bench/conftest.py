@@ -1,14 +1,13 @@
-"""What the suites share: where rows go, how long a run may take, a clock for pytest-benchmark.
+"""Shared by the suites: where rows go, how long a run may take, a clock for pytest-benchmark.
 
-The harness takes the samples, interleaved; pytest-benchmark is handed them by a clock that only
-they move, so that its statistics, its JSON and `--benchmark-compare` speak of the same figures.
-`python -m bench` sets the variables below; without them nothing but pytest-benchmark's own output
-is written and no time limit holds.
+The harness takes the samples, interleaved, and feeds them to pytest-benchmark through a fake clock,
+so that its statistics, its JSON and `--benchmark-compare` report the same figures.
+`python -m bench` sets the variables below; without them only pytest-benchmark's own output is
+written and there is no time limit.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import pytest
 import torch
 
 from bench.harness import Recorder
+from bench.supervise import Pieces
 from bench.timers import CLOCK, Budget
 
 # jax would take most of the memory at its first call.
@@ -31,15 +31,26 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+def _folder() -> Path | None:
+    folder = os.environ.get("LARS_FUSED_BENCH_FOLDER")
+    return Path(folder) if folder else None
+
+
 @pytest.fixture(scope="session")
 def recorder() -> Recorder:
-    folder = os.environ.get("LARS_FUSED_BENCH_FOLDER")
-    return Recorder(Path(folder) if folder else None)
+    return Recorder(_folder())
+
+
+@pytest.fixture(scope="session")
+def pieces() -> Pieces:
+    """What this run has measured, and what it lost."""
+    return Pieces(_folder())
 
 
 @pytest.fixture(scope="session")
 def budget() -> Budget:
-    return Budget(float(os.environ.get("LARS_FUSED_BENCH_SECONDS", math.inf)))
+    """Counted from the start of `python -m bench`, imports and all."""
+    return Budget.inherited()
 
 
 @pytest.fixture

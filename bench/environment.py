@@ -1,4 +1,4 @@
-"""Where and from what a figure comes: commit, machine, versions, and the folder that holds it."""
+"""The origin of a figure: commit, machine, versions, and its results folder."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -54,7 +52,9 @@ def version(package: str) -> str:
 
 
 def gpu_name() -> str:
-    """As the driver has it; cpu where there is no GPU."""
+    """The driver's name for the GPU; cpu without one."""
+    import torch  # here, for it takes seconds, and a note needs none
+
     if not torch.cuda.is_available():
         return "cpu"
     return str(torch.cuda.get_device_name()).removeprefix("NVIDIA ")
@@ -84,7 +84,9 @@ def _processor() -> str:
 
 
 def facts(command: str) -> dict[str, Any]:
-    """What stands in environment.json."""
+    """The contents of environment.json."""
+    import torch
+
     sha, dirty = commit()
     found: dict[str, Any] = {
         "command": command,
@@ -108,6 +110,14 @@ def facts(command: str) -> dict[str, Any]:
     return found
 
 
+def unquotable_tree() -> str | None:
+    """Why nothing measured from this tree could be quoted; None if it could."""
+    sha, dirty = commit()
+    if sha == "none":
+        return f"no commit is known: there is no history here and {SHA_VARIABLE} is not set"
+    return f"the tree differs from its commit {sha}" if dirty else None
+
+
 def read(path: Path) -> dict[str, Any]:
     """environment.json of a results folder; empty where there is none."""
     file = path / "environment.json"
@@ -115,18 +125,31 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def note(path: Path, **entries: Any) -> None:
-    """Add to environment.json. A dict is merged into the one that stands there."""
+    """Add to environment.json. Dicts are merged."""
     found = read(path)
     for key, value in entries.items():
         if isinstance(value, dict):
             value = {**found.get(key, {}), **value}
         found[key] = value
+    write(path, found)
+
+
+def write(path: Path, found: dict[str, Any]) -> None:
+    """Replace environment.json atomically: a killed run leaves the old file or the new one."""
     path.mkdir(parents=True, exist_ok=True)
-    (path / "environment.json").write_text(json.dumps(found, indent=2) + "\n")
+    new = path / f"environment.json.{os.getpid()}"
+    new.write_text(json.dumps(found, indent=2) + "\n")
+    new.replace(path / "environment.json")
+
+
+def note_status(path: Path, name: str, status: int) -> None:
+    """Note how a part of a run ended. Once it has failed, later success does not hide that."""
+    before = read(path).get(name, {}).get("exit status", 0)
+    note(path, **{name: {"exit status": status or before}})
 
 
 def reportable(path: Path) -> str | None:
-    """Why figures of a folder may not be quoted; None where they may."""
+    """Why figures of a folder may not be quoted; None if they may."""
     found = read(path)
     if "sha" not in found:
         return "no environment.json says where it comes from"
@@ -134,6 +157,11 @@ def reportable(path: Path) -> str | None:
         return "it was measured from a tree with changes that no commit holds"
     if found.get("gate"):
         return "the correctness gate failed"
-    if found.get("tests", {}).get("exit status", 0) != 0:
+    tests = found.get("tests") or {}
+    if tests.get("exit status", 0) != 0:
         return "the tests of its commit failed"
+    if not tests and found.get("gpu", "cpu") != "cpu":  # CI runs those of a CPU
+        return "the tests of its commit were not run on this GPU"
+    if any(verdict.startswith("errors") for verdict in found.get("sanitizer", {}).values()):
+        return "compute-sanitizer found errors"
     return None

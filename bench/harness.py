@@ -1,8 +1,8 @@
 """The protocol of every figure: the correctness gate, interleaved variants, quartiles, raw rows.
 
-A case is built once: every variant owns copies of the same tensors. Each that states what the
-reference must be given takes its first step against it; if one of ours disagrees, nothing of the
-case is timed. `timers` says how a sample is taken.
+A case is built once: every variant owns copies of the same tensors. The first step of each variant
+that names the reference's options is compared with the reference; if one of ours disagrees, the
+case is not timed. `timers` explains how a sample is taken.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from bench.cases import Case
 from bench.peers import OURS, Inputs, Variant
 from bench.raw import COPY
 from bench.timers import host_us, interleave, timer_for
-from lars_fused import portable
+from lars_fused._engine import portable
 from lars_fused.reference import Options
 
 Builders = dict[str, Callable[[Inputs], Variant]]
@@ -63,7 +63,7 @@ def quartiles(samples: Sequence[float]) -> tuple[float, float, float]:
 
 
 class Recorder:
-    """Rows of this run; appended to raw.csv as they come, so that a run cut short keeps them."""
+    """Rows of this run; appended to raw.csv immediately, so that an aborted run keeps them."""
 
     def __init__(self, folder: Path | None) -> None:
         self.folder, self.rows = folder, list[Row]()
@@ -104,7 +104,7 @@ class Recorder:
 
 
 class Truth:
-    """The float64 reference's step of some inputs, for each set of options once."""
+    """The float64 reference's step for some inputs, once for each set of options."""
 
     def __init__(self, inputs: Inputs) -> None:
         self.inputs = inputs
@@ -124,8 +124,8 @@ class Truth:
 def disagreement(variant: Variant, truth: Truth) -> float:
     """Take one step: the largest error over its bound.
 
-    The bound: one step of the storage dtype (reference and variant may round to different sides),
-    and 4e-6 of the tensor's root mean square for fp32 sums.
+    The bound: one ulp of the storage dtype (reference and variant may round in different
+    directions), and 4e-6 of the tensor's root mean square for fp32 sums.
     """
     assert variant.options is not None
     w, v = truth.step(variant.options)
@@ -146,14 +146,14 @@ def disagreement(variant: Variant, truth: Truth) -> float:
 
 @dataclass
 class Measured:
-    """Samples of each variant, and why others are missing."""
+    """Samples of each variant, and why some variants are missing."""
 
     times: dict[str, list[float]] = field(default_factory=dict)
     host: dict[str, list[float]] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     text = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {text[0]}"[:160]
 
@@ -161,7 +161,7 @@ def _reason(error: Exception) -> str:
 def build(case: Case, device: torch.device, builders: Builders) -> tuple[
     dict[str, Variant], dict[str, str]
 ]:  # fmt: skip
-    """The variants that run and agree with the reference, and why the others do not.
+    """The variants that run and agree with the reference, and what is wrong with the others.
 
     Raises:
         GateError: if one of ours disagrees.
@@ -174,7 +174,7 @@ def build(case: Case, device: torch.device, builders: Builders) -> tuple[
         try:
             variant = builder(inputs)
             if variant.options is not None:
-                # Other projects' arithmetic in 16 bits rounds more often than ours.
+                # Other projects round more often in 16-bit arithmetic than we do.
                 allowed = 1.0 if name in OURS else 100.0 if case.exact else 1e4
                 error = disagreement(variant, truth)
                 if not error <= allowed:
@@ -188,7 +188,7 @@ def build(case: Case, device: torch.device, builders: Builders) -> tuple[
         except Exception as error:
             if name in OURS:
                 raise
-            absent[name] = _reason(error)
+            absent[name] = reason(error)
     return variants, absent
 
 

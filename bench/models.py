@@ -1,7 +1,7 @@
-"""Parameter shapes of the models that the optimizer is measured on, built from their architectures.
+"""Parameter shapes of the benchmark models, derived from their architectures.
 
 Each function returns `(name, shape)` for every trainable tensor, in the order of
-`module.parameters()`, so that a bench needs neither the model's library nor its weights.
+`module.parameters()`, so that a benchmark needs neither the model's library nor its weights.
 Buffers (running means) are not listed.
 """
 
@@ -55,7 +55,7 @@ def alexnet() -> Shapes:
 
 
 def alexnet_bn() -> Shapes:
-    """AlexNet with a batch normalisation in place of the bias of every layer but the last.
+    """AlexNet with batch normalisation instead of biases in every layer but the last.
 
     The LARS paper's AlexNet-BN in the widths of `alexnet`; no count of it is published.
     """
@@ -111,8 +111,8 @@ _INCEPTION = {
 def googlenet() -> Shapes:
     """GoogLeNet as the LARS paper trains it: BVLC's, without its auxiliary heads.
 
-    It has biases and no batch normalisation. torchvision's is another network: normalisation in
-    place of biases, and 3x3 kernels where these are 5x5.
+    It has biases and no batch normalisation. torchvision's differs: normalisation instead of
+    biases, and 3x3 kernels instead of 5x5.
     """
     shapes = _affine("conv1.7x7_s2", (64, 3, 7, 7))
     shapes += _affine("conv2.3x3_reduce", (64, 64, 1, 1))
@@ -171,7 +171,7 @@ def bert_large() -> Shapes:
 
 
 def tiny_tensors(count: int = 10_000) -> Shapes:
-    """Many small matrices (8 to 512 elements): the work per tensor is measured, not per element."""
+    """Many small matrices (8 to 512 elements): measures cost per tensor, not per element."""
     return [(f"tiny.{i}", (8, 1 + i % 64)) for i in range(count)]
 
 

@@ -1,21 +1,27 @@
-"""Other ways to take the same step: what `lars_fused` is measured against, and `lars_fused` itself.
+"""Ways to take the same step: `lars_fused` itself, and the peers that it is measured against.
 
-Each builder takes `Inputs` and gives a `Variant` that owns copies of weights and momentum. A peer
-that is not installed, or does not take these tensors, raises: it is then listed as absent with the
-reason. Peers are found by import alone.
+Each builder takes `Inputs` and returns a `Variant` that owns copies of weights and momentum. A peer
+that is not installed, or does not support these tensors, raises and is then listed as absent with
+the reason. Peers are found only by importing them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Callable
+import importlib.util
+import sys
+import types
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lars_fused import LARS, tables
+from lars_fused import LARS
+from lars_fused._engine import launch_tables
 from lars_fused.reference import Options
 
 ONE = "lars_fused, one launch"
@@ -29,7 +35,7 @@ MANY = 1000
 
 @dataclass(frozen=True)
 class Hyper:
-    """What every peer is given: each term moves the result, and w settles near −g/β."""
+    """Hyper-parameters of every peer: each term moves the result, and w settles near −g/β."""
 
     lr: float = 0.5
     momentum: float = 0.8
@@ -66,18 +72,18 @@ class Variant:
 
     step: Callable[[], object]
     weights: Callable[[], list[Tensor]]
-    prepare: Callable[[], object] | None = None  # before each step, outside of the time
-    graph: bool = False  # so many launches that only a replayed graph shows the GPU's own time
+    prepare: Callable[[], object] | None = None  # before each step, not timed
+    graph: bool = False  # so many launches that only graph replay shows the GPU's own time
     chained: Callable[[int], object] | None = None  # run that many steps and wait: other runtimes
-    options: list[Options] | None = None  # what the reference must be given to agree
+    options: list[Options] | None = None  # the reference's options
     host_bound: bool = False  # set by the timer
-    momenta: Callable[[], list[Tensor]] | None = None  # where they are to agree too
+    momenta: Callable[[], list[Tensor]] | None = None  # compared too
 
 
 def set_gradient(p: Tensor, g: Tensor) -> None:
-    """Give `p` the gradient `g`, of whatever dtype.
+    """Set the gradient `g` of `p`, whatever its dtype.
 
-    Before `Tensor.grad_dtype` (torch 2.13) only the data of a gradient could have another.
+    Before `Tensor.grad_dtype` (torch 2.13) only `grad.data` could have a different dtype.
     """
     if g.dtype == p.dtype:
         p.grad = g
@@ -114,7 +120,7 @@ def _with_momentum(optimizer: Any, params: list[Any], v: list[Tensor]) -> None:
 
 def _same_dtype(inputs: Inputs, who: str) -> None:
     if {t.dtype for t in [*inputs.w, *inputs.g]} != {inputs.w[0].dtype}:
-        raise RuntimeError(f"{who} takes one dtype for parameters and gradients")
+        raise RuntimeError(f"{who} needs one dtype for parameters and gradients")
 
 
 def _not_many(inputs: Inputs) -> None:
@@ -128,13 +134,15 @@ def _not_many(inputs: Inputs) -> None:
 def ours(inputs: Inputs, launches: int = 1, backend: str = "triton") -> Variant:
     params, h = _parameters(inputs), inputs.hyper
     optimizer = LARS(
-        _groups(inputs, params, weight_decay=0.0, adapt=False), h.lr, h.momentum, h.weight_decay,
-        h.trust_coefficient, eps=h.eps, backend=backend,
+        _groups(inputs, params, weight_decay=0.0, adapt=False), h.lr, momentum=h.momentum,
+        weight_decay=h.weight_decay, trust_coefficient=h.trust_coefficient, eps=h.eps,
+        backend=backend,
     )  # fmt: skip
     _with_momentum(optimizer, params, inputs.v)
 
     def step() -> None:
-        with tables.forced_launches(launches):  # read when the tables are made, by the first step
+        # Read when the tables are made, by the first step.
+        with launch_tables.forced_launches(launches):
             optimizer.step()
         variant.step = optimizer.step
 
@@ -146,7 +154,7 @@ def ours(inputs: Inputs, launches: int = 1, backend: str = "triton") -> Variant:
 
 
 def sgd_fused(inputs: Inputs, **kind: bool) -> Variant:
-    """20 bytes a parameter in fp32 and no norm: the floor. Its momentum has the weights' dtype."""
+    """20 bytes per parameter in fp32, no norms: the floor. Momentum has the weights' dtype."""
     _same_dtype(inputs, "SGD")
     params, h = _parameters(inputs), inputs.hyper
     groups = _groups(inputs, params, weight_decay=0.0)
@@ -159,7 +167,7 @@ def sgd_fused(inputs: Inputs, **kind: bool) -> Variant:
 
 
 def _eager(w: list[Tensor], g: list[Tensor], v: list[Tensor], adapt: list[bool], h: Hyper) -> None:
-    """As a user writes it: one tensor after the other."""
+    """As users write it: one tensor after the other."""
     for i, adapted in enumerate(adapt):
         d = g[i]
         if adapted:
@@ -174,7 +182,7 @@ def _eager(w: list[Tensor], g: list[Tensor], v: list[Tensor], adapt: list[bool],
 def _foreach(
     w: list[Tensor], g: list[Tensor], v: list[Tensor], adapt: list[bool], h: Hyper
 ) -> None:
-    """The same by PyTorch's multi-tensor functions."""
+    """The same with PyTorch's foreach functions."""
     yes = [i for i, adapted in enumerate(adapt) if adapted]
     if yes:
         some_w, some_g = [w[i] for i in yes], [g[i] for i in yes]
@@ -211,22 +219,92 @@ def plain(
 # ------------------------------------------------------------------ other projects
 
 
+@contextlib.contextmanager
+def _without_its_package(*packages: str) -> Iterator[None]:
+    """Import a module without running its packages' own imports: timm's ask for torchvision."""
+    if packages[0] in sys.modules and sys.modules[packages[0]].__spec__ is None:
+        yield  # a stand-in of a test
+        return
+    found = importlib.util.find_spec(packages[0])
+    if found is None or not found.submodule_search_locations:
+        raise ModuleNotFoundError(f"No module named {packages[0]!r}")
+    root = Path(found.submodule_search_locations[0]).parent
+    held = {n: m for n, m in sys.modules.items() if n.split(".")[0] == packages[0]}
+    for name in held:
+        del sys.modules[name]
+    for name in packages:
+        package = types.ModuleType(name)
+        package.__path__ = [str(root.joinpath(*name.split(".")))]
+        sys.modules[name] = package
+    try:
+        yield
+    finally:
+        for name in [n for n in sys.modules if n.split(".")[0] == packages[0]]:
+            del sys.modules[name]
+        sys.modules.update(held)
+
+
+def _clones(inputs: Inputs, params: list[Any]) -> Callable[[], None]:
+    """Give each parameter its own gradient; returns a function that resets them before a step.
+
+    For peers that write to gradients, which the variants share.
+    """
+    grads = [g.clone() for g in inputs.g]
+    for p, g in zip(params, grads, strict=True):
+        p.grad = g
+    return lambda: torch._foreach_copy_(grads, inputs.g)
+
+
 def timm_lars(inputs: Inputs) -> Variant:
+    """Up to timm 1.0.30 a step writes to the gradients, so they are reset before each step."""
     _same_dtype(inputs, "timm")
     _not_many(inputs)
-    lars = importlib.import_module("timm.optim.lars").Lars
+    with _without_its_package("timm", "timm.optim"):
+        lars = importlib.import_module("timm.optim.lars").Lars
     params, h = _parameters(inputs), inputs.hyper
+    anew = _clones(inputs, params)  # up to 1.0.30 it writes to them
     optimizer = lars(
         _groups(inputs, params, weight_decay=0.0), h.lr, h.momentum, weight_decay=h.weight_decay,
         trust_coeff=h.trust_coefficient, eps=h.eps,
     )  # fmt: skip
     _with_momentum(optimizer, params, [v.to(inputs.w[0].dtype) for v in inputs.v])
     options = inputs.options(lr_in_momentum=False)
-    return Variant(optimizer.step, lambda: params, graph=True, options=options)
+    return Variant(optimizer.step, lambda: params, anew, graph=True, options=options)
+
+
+def kozistr_lars(inputs: Inputs, foreach: bool = False) -> Variant:
+    """`pytorch_optimizer.LARS`: adapts tensors with more than one dimension; no eps."""
+    _same_dtype(inputs, "pytorch_optimizer")
+    _not_many(inputs)
+    lars = importlib.import_module("pytorch_optimizer").LARS
+    params, h = _parameters(inputs), inputs.hyper
+    anew = _clones(inputs, params)
+    optimizer = lars(
+        _groups(inputs, params, weight_decay=0.0), lr=h.lr, momentum=h.momentum,
+        weight_decay=h.weight_decay, trust_coefficient=h.trust_coefficient, foreach=foreach,
+    )  # fmt: skip
+    _with_momentum(optimizer, params, [v.to(inputs.w[0].dtype) for v in inputs.v])
+    options = inputs.options(lr_in_momentum=False, eps=0.0)
+    return Variant(optimizer.step, lambda: params, anew, graph=True, options=options)
+
+
+def torch_optimizer_lars(inputs: Inputs) -> Variant:
+    """`torch_optimizer.LARS`: adapts tensors with weight decay."""
+    _same_dtype(inputs, "torch_optimizer")
+    _not_many(inputs)
+    lars = importlib.import_module("torch_optimizer").LARS
+    params, h = _parameters(inputs), inputs.hyper
+    optimizer = lars(
+        _groups(inputs, params, weight_decay=0.0), lr=h.lr, momentum=h.momentum,
+        weight_decay=h.weight_decay, trust_coefficient=h.trust_coefficient, eps=h.eps,
+    )  # fmt: skip
+    _with_momentum(optimizer, params, [v.to(inputs.w[0].dtype) for v in inputs.v])
+    options = inputs.options(lr_in_momentum=False)
+    return Variant(optimizer.step, lambda: params, options=options)
 
 
 def apex_larc(inputs: Inputs) -> Variant:
-    """LARC scales `p.grad` in place, so each step is given the gradients anew."""
+    """LARC scales `p.grad` in place, so gradients are reset before each step."""
     _same_dtype(inputs, "apex LARC")
     _not_many(inputs)
     larc = importlib.import_module("apex.parallel.LARC").LARC
@@ -249,7 +327,7 @@ def apex_larc(inputs: Inputs) -> Variant:
 
 
 def apex_fused_lars(inputs: Inputs) -> Variant:
-    """ROCm's apex only. Not compared with the reference: its momentum has another sign and unit."""
+    """ROCm's apex only. Not compared with the reference: momentum differs in sign and unit."""
     _same_dtype(inputs, "apex FusedLARS")
     fused = importlib.import_module("apex.optimizers").FusedLARS
     params, h = _parameters(inputs), inputs.hyper
@@ -263,8 +341,8 @@ def apex_fused_lars(inputs: Inputs) -> Variant:
 def optax_lars(inputs: Inputs) -> Variant:
     """`optax.lars` under jit with donated buffers.
 
-    jax has its own streams, so several steps are chained in one program and the host waits for
-    them; the difference between two lengths is the time of one step.
+    jax has its own streams, so several steps are chained in one program that the host waits for;
+    the time of one step comes from the difference between two chain lengths.
     """
     if {t.dtype for t in [*inputs.w, *inputs.g, *inputs.v]} != {torch.float32}:
         raise RuntimeError("run in fp32 only: optax keeps the momentum in the gradients' dtype")
@@ -335,8 +413,23 @@ PROJECTS: dict[str, Callable[[Inputs], Variant]] = {
     "apex LARC": apex_larc,
     "apex FusedLARS": apex_fused_lars,
 }
+CPU_PROJECTS: dict[str, Callable[[Inputs], Variant]] = {
+    "timm Lars": timm_lars,
+    "pytorch_optimizer LARS": kozistr_lars,
+    "pytorch_optimizer LARS, foreach": lambda i: kozistr_lars(i, foreach=True),
+    "torch_optimizer LARS": torch_optimizer_lars,
+}
 PORTABLE_LADDER: dict[str, Callable[[Inputs], Variant]] = {
     FLOOR: sgd_fused,
     "SGD(foreach=True)": lambda i: sgd_fused(i, foreach=True),
     PORTABLE: lambda i: ours(i, backend="torch"),
+}
+# Variants that run on a CPU, ours first.
+CPU_LADDER: dict[str, Callable[[Inputs], Variant]] = {
+    PORTABLE: PORTABLE_LADDER[PORTABLE],
+    FLOOR: sgd_fused,
+    "SGD(foreach=True)": PORTABLE_LADDER["SGD(foreach=True)"],
+    **EAGER,
+    "compiled foreach LARS": COMPILED["compiled foreach LARS"],
+    **CPU_PROJECTS,
 }

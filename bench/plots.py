@@ -13,22 +13,25 @@ import matplotlib.pyplot as plt
 
 from bench.cases import DTYPES, SWEEP_CASE
 from bench.models import MODELS
-from bench.peers import FLOOR, ONE, PORTABLE, TWO
+from bench.peers import CPU_LADDER, FLOOR, ONE, PORTABLE, TWO
 from bench.raw import COPY, Raw, case_of, copy_us, rows_of, runs
+from bench.report import against_sgd
 
 FP32 = next(iter(DTYPES))
-# Ours in one hue, the floor dark, the peers in others; fixed, whatever a folder holds.
+# Ours in one hue, the floor dark, the peers in others; the same for every folder.
 COLOURS = {
     ONE: "#0b6e99", PORTABLE: "#0b6e99", TWO: "#7cc4e0", FLOOR: "#333333",
     "SGD(foreach=True)": "#8a8a8a", "foreach LARS": "#d98c21", "eager LARS": "#b3441e",
     "compiled foreach LARS": "#e8c468", "compiled eager LARS": "#c9a227", "timm Lars": "#6a4c93",
-    "optax lars, jit": "#3a8f5c", "apex LARC": "#c2185b", "apex FusedLARS": "#e57ba8",
+    "pytorch_optimizer LARS": "#9a6fb0", "pytorch_optimizer LARS, foreach": "#c3a5d1",
+    "torch_optimizer LARS": "#4f7f52", "optax lars, jit": "#3a8f5c",
+    "apex LARC": "#c2185b", "apex FusedLARS": "#e57ba8",
 }  # fmt: skip
 Run = dict[str, Raw]
 
 
 def _timed(folder: Path) -> list[Run]:
-    """One run of each case: the first, with what later runs of the same case add."""
+    """One run of each case: the first, plus variants added by later runs of the same case."""
     found: dict[tuple[str, str, str], Run] = {}
     for (case, n_params, dtype, _), kinds in runs(rows_of(folder)).items():
         timed = kinds.get("gpu") or kinds["host"]
@@ -52,7 +55,7 @@ def _label(run: Run) -> str:
 def _bars(
     found: list[Run], value: Callable[[Run, str], float | None], label: str, path: Path, log: bool
 ) -> None:
-    """Groups of bars, one group a case, one bar a variant, each with its value."""
+    """Groups of bars: one group per case, one bar per variant, each with its value."""
     names = _variants(found)
     figure, axes = plt.subplots(figsize=(min(18.0, max(8.0, 0.22 * len(found) * len(names))), 4.8))
     width = 0.84 / len(names)
@@ -110,8 +113,34 @@ def _sweep(found: list[Run], path: Path, kind: str) -> None:
     _save(figure, path)
 
 
+def _against_sgd(folder: Path, path: Path) -> list[Path]:
+    """Horizontal bars, a panel a case: how many times as long as SGD(fused=True) each takes."""
+    found = against_sgd(rows_of(folder))
+    if not found:
+        return []
+    tall = max(map(len, found.values()))
+    figure, panels = plt.subplots(
+        1, len(found), figsize=(1.5 + 2.7 * len(found), 0.9 + 0.32 * tall), sharey=True,
+        squeeze=False,
+    )  # fmt: skip
+    names = [n for n in CPU_LADDER if any(n in column for column in found.values())][::-1]
+    for axes, (title, column) in zip(panels[0], found.items(), strict=True):
+        lengths = [column.get(n, 0.0) for n in names]
+        bars = axes.barh(names, lengths, color=[COLOURS.get(n, "#8a8a8a") for n in names])
+        axes.bar_label(bars, [f" {x:.1f}" if x else " not run" for x in lengths], fontsize=7)
+        axes.axvline(1.0, color=COLOURS[FLOOR], linewidth=0.8, linestyle=":")
+        axes.set_title(title, fontsize=9)
+        axes.margins(x=0.22)
+        axes.tick_params(labelsize=8)
+        axes.xaxis.set_visible(False)
+        axes.spines[["top", "right", "bottom"]].set_visible(False)
+    figure.suptitle(f"Time of a step on a CPU, {FLOOR} = 1 (shorter is faster)", fontsize=10)
+    _save(figure, path)
+    return [path]
+
+
 def write(folder: Path) -> list[Path]:
-    """steps.png, sweep.png and bandwidth.png, as far as the folder has figures for them."""
+    """steps, sweep, bandwidth and cpu.png, as far as the folder has figures for them."""
     found = [run for run in _timed(folder) if next(iter(run.values()))["dtype"] == FP32]
     if not found:
         return []
@@ -128,4 +157,4 @@ def write(folder: Path) -> list[Path]:
     if sweep:
         paths.append(folder / "sweep.png")
         _sweep(sweep, paths[-1], kind)
-    return paths
+    return paths + _against_sgd(folder, folder / "cpu.png")

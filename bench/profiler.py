@@ -1,31 +1,32 @@
 """What a step does to the GPU, counted: launches, copies, waits, and bytes of DRAM.
 
-Counts come from torch.profiler, bytes from Nsight Compute (`ncu`) where it works. Bytes are summed
-over several steps in a row, the caches left as the step before left them, so that what a step
-leaves dirty in the L2 is paid by the next and the sum is that of a training loop.
+Counts come from torch.profiler, bytes from Nsight Compute (`ncu`) if it works. Bytes are summed
+over several consecutive steps without flushing caches, so that each step pays for the dirty L2
+lines of the one before and the sum is that of a training loop.
 """
 
 from __future__ import annotations
 
 import csv
-import os
+import functools
+import itertools
+import math
 import shutil
-import signal
 import subprocess
 import sys
-import tempfile
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench import environment
+from bench.budget import Budget
 from bench.cases import model_case
 from bench.harness import Recorder
 from bench.peers import FLOOR, LADDER, ONE, TWO, Variant
-from bench.timers import Budget
+from bench.supervise import Pieces
 
 MODELS = ("ResNet-50", "ViT-B/16", "one 100M tensor")
 ORDER = (ONE, TWO, FLOOR)
@@ -77,11 +78,14 @@ def dram_bytes(lines: Iterable[str], plan: list[tuple[str, str]]) -> dict[tuple[
     Kernels come in the order of the plan; where the kernels of another variant begin, so does the
     next entry.
     """
-    lines = list(lines)
-    start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
+    from_header = itertools.dropwhile(lambda line: not line.startswith('"ID"'), lines)
+    # ncu's own remarks may stand between the rows and after them.
+    table = csv.DictReader(line for line in from_header if line.startswith('"'))
     found: dict[tuple[str, str], float] = defaultdict(float)
     at, now = -1, ""
-    for row in csv.DictReader(lines[start:]):
+    for row in table:
+        if None in row.values():  # cut off in the middle
+            continue
         name = row["Kernel Name"]
         variant = next((v for k, v in _KERNELS.items() if k in name), "")
         if not variant or not row["Metric Name"].startswith("dram__bytes"):
@@ -96,66 +100,66 @@ def dram_bytes(lines: Iterable[str], plan: list[tuple[str, str]]) -> dict[tuple[
     return dict(found)
 
 
-def _ncu() -> str | None:
-    known = [*Path("/opt/nvidia/nsight-compute").glob("*/ncu"), Path("/usr/local/cuda/bin/ncu")]
-    return shutil.which("ncu") or next((str(p) for p in known if p.exists()), None)
+def tool(name: str) -> str | None:
+    """The path of an installed NVIDIA tool."""
+    cuda, nsight = Path("/usr/local/cuda"), Path("/opt/nvidia/nsight-compute")
+    known = [*nsight.glob(f"*/{name}"), cuda / "bin" / name, cuda / "compute-sanitizer" / name]
+    return shutil.which(name) or next((str(p) for p in known if p.exists()), None)
 
 
-def _run_ncu(budget: Budget) -> dict[tuple[str, str], float]:
-    ncu = _ncu()
+def limited(command: list[str], seconds: float) -> list[str]:
+    """The command with its own time limit, which holds even if this process is killed."""
+    return ["timeout", "--signal=INT", "--kill-after=3", f"{max(1.0, seconds):.0f}", *command]
+
+
+def run_ncu(folder: Path, budget: Budget) -> dict[tuple[str, str], float]:
+    """DRAM bytes of a step; what ncu printed stays in the folder, as ncu.csv."""
+    ncu, log = tool("ncu"), folder / "ncu.csv"
     if ncu is None:
         raise RuntimeError("ncu is not installed")
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "ncu.csv"
-        command = [ncu, "--clock-control", "none", "--cache-control", "none"]
-        command += ["--profile-from-start", "off", "--target-processes", "all"]
-        command += ["--metrics", METRICS, "--print-units", "base", "--csv", "--log-file", str(log)]
-        command += [sys.executable, "-m", "bench.profiler"]
-        said = Path(folder) / "said.txt"
-        with said.open("w") as output:
-            # A group of its own: ncu's own child has to end with it.
-            process = subprocess.Popen(
-                command, cwd=environment.ROOT, stdout=output, stderr=output, start_new_session=True
-            )
-            try:
-                process.wait(max(1.0, budget.left))
-                whole = True
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                whole = False
-        text = log.read_text() if log.exists() else ""
-        errors = [s for s in [*text.splitlines(), *said.read_text().splitlines()] if "rror" in s]
+    log.unlink(missing_ok=True)
+    command = [ncu, "--clock-control", "none", "--cache-control", "none"]
+    command += ["--profile-from-start", "off", "--target-processes", "all"]
+    command += ["--metrics", METRICS, "--print-units", "base", "--csv", "--log-file", str(log)]
+    command += [sys.executable, "-m", "bench.profiler"]
+    done = subprocess.run(
+        limited(command, budget.left - 5), cwd=environment.ROOT, text=True, errors="replace",
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    text = log.read_text(errors="replace") if log.exists() else ""
     found = dram_bytes(text.splitlines(), [(model, name) for model in MODELS for name in ORDER])
-    if not whole and found:
-        found.popitem()  # it may not hold all of its steps
+    if done.returncode != 0 and found:
+        found.popitem()  # it may not contain all of its steps
     if not found:
-        raise RuntimeError(errors[0] if errors else f"ncu saw nothing; whole run: {whole}")
+        errors = [
+            s for s in [*text.splitlines(), *done.stdout.splitlines()] if "error" in s.lower()
+        ]
+        raise RuntimeError(errors[0] if errors else f"ncu saw nothing, status {done.returncode}")
     return found
 
 
-def main(folder: Path, seconds: float) -> int:
-    budget, recorder = Budget(seconds), Recorder(folder)
-    if "sha" not in environment.read(folder):
-        environment.note(folder, **environment.facts("python -m bench profile"))
-    for name in ORDER:
-        case = model_case(MODELS[0])
-        facts = {"n_tensors": len(case.shapes), "n_params": case.n_params}
-        counted = count(_ready(MODELS[0], name))
-        if counted[0] == 0:
-            recorder.note(absent={f"{COUNTS[0]}, {name}": "the profiler saw no kernel"})
-            print(f"{MODELS[0]}, {name}: not measured, the profiler saw no kernel")
-            continue
-        for unit, value in zip(COUNTS, counted, strict=True):
-            recorder.add(MODELS[0], name, [value], **facts, unit=unit)
-            print(f"{MODELS[0]}, {name}: {value:g} {unit}", flush=True)
+def _count(name: str, recorder: Recorder) -> None:
+    case = model_case(MODELS[0])
+    counted = count(_ready(MODELS[0], name))
+    if counted[0] == 0:
+        recorder.note(absent={f"{COUNTS[0]}, {name}": "the profiler saw no kernel"})
+        print(f"{MODELS[0]}, {name}: not measured, the profiler saw no kernel")
+        return
+    for unit, value in zip(COUNTS, counted, strict=True):
+        recorder.add(
+            MODELS[0], name, [value], n_tensors=len(case.shapes), n_params=case.n_params, unit=unit
+        )
+        print(f"{MODELS[0]}, {name}: {value:g} {unit}", flush=True)
+
+
+def _bytes(recorder: Recorder, folder: Path, budget: Budget) -> None:
     try:
-        found = _run_ncu(budget)
-    except (RuntimeError, ValueError, OSError, subprocess.SubprocessError) as error:
+        found = run_ncu(folder, budget)
+    except (RuntimeError, ValueError, OSError) as error:
         reason = f"{type(error).__name__}: {error}"[:300]
         recorder.note(absent={DRAM: reason})
         print(f"{DRAM}: not measured, {reason}")
-        return 0
+        return
     for (model, name), total in found.items():
         case = model_case(model)
         per_parameter = total / case.n_params
@@ -164,11 +168,24 @@ def main(folder: Path, seconds: float) -> int:
             bytes=round(total), unit=DRAM,
         )  # fmt: skip
         print(f"{model}, {name}: {per_parameter:.2f} {DRAM}")
+
+
+def main(folder: Path, budget: Budget) -> int:
+    recorder, pieces = Recorder(folder), Pieces(folder)
+    todo: dict[str, tuple[Callable[[], None], float]] = {
+        f"profile {name}": (functools.partial(_count, name, recorder), 25.0) for name in ORDER
+    }
+    ncu = functools.partial(_bytes, recorder, folder, budget)
+    todo["profile by ncu"] = ncu, math.inf  # which has a limit of its own
+    for name, (do, seconds) in todo.items():
+        if name not in pieces.begun() and budget.left > 0:
+            with pieces.piece(name, seconds, budget):
+                do()
     return 0
 
 
 def under_ncu() -> None:
-    """What ncu looks at: a few steps of each variant of each model."""
+    """The process that ncu profiles: a few steps of each variant of each model."""
     for model in MODELS:
         for name in ORDER:
             variant = _ready(model, name)

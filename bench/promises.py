@@ -1,4 +1,4 @@
-"""What the project promised to show, and what its results folders hold of it.
+"""What the project promised to show, and which of it the results folders contain.
 
 Nothing is estimated: a figure that no quotable folder holds is "not measured".
 """
@@ -9,11 +9,20 @@ import csv
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bench import environment
-from bench.cases import DTYPES, model_case
-from bench.peers import COMPILED, EAGER, FLOOR, ONE, PROJECTS, TWO
+from bench.cases import DTYPES, SWEEP_CASE, model_case, sweep_case
+from bench.peers import (
+    COMPILED,
+    CPU_PROJECTS,
+    EAGER,
+    FLOOR,
+    ONE,
+    PORTABLE,
+    PROJECTS,
+    TWO,
+)
 from bench.profiler import COUNTS, DRAM
 from bench.raw import COPY, rows_of, runs
 from bench.report import table
@@ -23,6 +32,10 @@ README = Path(__file__).parent / "README.md"
 BEGIN, END = "<!-- python -m bench report --readme -->", "<!-- end -->"
 FP32 = next(iter(DTYPES))
 LARGE = "one 100M tensor"
+SMALL, SMALL_PARAMETERS = 10_000, sweep_case(10_000).n_params
+NORMS, TORCH_NORMS = "multi_tensor_l2norm", "torch._foreach_norm"
+MEMORY, NORM_ERROR = "% of parameters, gradients and state", "1e-9, relative error"
+MIXED = "bf16, fp32 momentum"
 STUBBED, FOREACH = "lars_fused, launch stubbed", "SGD(foreach=True)"
 
 
@@ -34,7 +47,7 @@ class Line(NamedTuple):
 
 
 class Folders:
-    """The folders that may be quoted, the latest first."""
+    """The quotable folders, latest first."""
 
     def __init__(self, folders: Iterable[Path]) -> None:
         usable = [f for f in folders if rows_of(f) and not environment.reportable(f)]
@@ -42,16 +55,23 @@ class Folders:
         self.rows = {folder: rows_of(folder) for folder in usable}
 
     def find(
-        self, case: str, *names: str, kind: str = "gpu", unit: str = "us"
+        self,
+        case: str,
+        *names: str,
+        kind: str = "gpu",
+        unit: str = "us",
+        dtype: str = FP32,
+        n_params: int | None = None,
     ) -> tuple[list[float], str] | None:
         """Medians of variants that were interleaved in one run, and its folder's name.
 
-        The copy's is the time of one byte.
+        For the copy, the time per byte.
         """
         for folder, rows in self.rows.items():
-            for (found, _, dtype, _), kinds in reversed(runs(rows, unit).items()):
+            for (found, size, stored, _), kinds in reversed(runs(rows, unit).items()):
                 timed = kinds.get(kind, {})
-                if found == case and dtype == FP32 and all(name in timed for name in names):
+                right = found == case and stored == dtype and n_params in (None, int(size))
+                if right and all(name in timed for name in names):
                     each = [timed[name] for name in names]
                     return [
                         float(r["p50"]) / (float(r["bytes"]) if r["variant"] == COPY else 1)
@@ -60,7 +80,7 @@ class Folders:
         return None
 
 
-def _over(folders: Folders, what: str, must: str, case: str, *pair: str, **kind: str) -> Line:
+def _over(folders: Folders, what: str, must: str, case: str, *pair: str, **kind: Any) -> Line:
     found = folders.find(case, *pair, **kind)
     if found is None:
         return Line(what, must)
@@ -92,14 +112,50 @@ def _growth(folders: Folders) -> Line:
     return Line(what, must, f"{many[0][0] / few[0][0]:.1f}", few[1])
 
 
+def _one(folders: Folders, what: str, must: str, case: str, name: str, unit: str) -> Line:
+    found = folders.find(case, name, kind="host", unit=unit)
+    return Line(what, must) if found is None else Line(what, must, f"{found[0][0]:.3g}", found[1])
+
+
+def _on_a_cpu(folders: Folders) -> list[Line]:
+    ours = f"ours / {FLOOR}"
+    host = {"kind": "host"}
+    found = [
+        _over(folders, f"CPU time, {case}, {ours}", must, case, PORTABLE, FLOOR, **host)
+        for case, must in (("ResNet-50", "≤ 1.8"), ("ViT-B/16", "≤ 1.9"), ("AlexNet", "reported"))
+    ]
+    what = f"CPU time, 32 tensors, {SMALL:,} parameters in all, {ours}"
+    pair = PORTABLE, FLOOR
+    found.append(
+        _over(folders, what, "≤ 2.0", SWEEP_CASE, *pair, kind="host", n_params=SMALL_PARAMETERS)
+    )
+    found += [
+        _over(
+            folders, f"CPU time, ResNet-50, {p} over ours", "≥ 2", "ResNet-50", p, PORTABLE, **host
+        )
+        for p in (*EAGER, "compiled foreach LARS", *CPU_PROJECTS)
+    ]
+    found += [
+        _over(folders, f"CPU time, norms of ResNet-50, {NORMS} / {TORCH_NORMS}", "≤ 1.3",
+              "norms, ResNet-50", NORMS, TORCH_NORMS, **host),
+        _one(folders, "relative error of our norm, 100M elements, in 1e-9", "≤ 100",
+             f"norms, {LARGE}", NORMS, NORM_ERROR),
+        _one(folders, f"CPU, ResNet-50, extra memory of a step, {MEMORY}", "< 1",
+             "ResNet-50", PORTABLE, MEMORY),
+        _over(folders, f"CPU time, ResNet-50, {MIXED}, ours / eager LARS", "≤ 0.5", "ResNet-50",
+              PORTABLE, "eager LARS", dtype=MIXED, **host),
+    ]  # fmt: skip
+    return found
+
+
 def _predictions() -> list[Line]:
-    """Bytes that the traffic model gives for the present order and constants on an H200."""
+    """Bytes predicted by the traffic model for the current order and constants on an H200."""
     bounds = {"ResNet-50": "≤ 20.5", "ViT-B/16": "≤ 20.5", "AlexNet": "≤ 26.5"}
     path = environment.RESULTS / "traffic" / "prediction.csv"
     text = path.read_text().splitlines() if path.exists() else []
     found: dict[str, str] = {}
     for row in csv.DictReader(line for line in text if not line.startswith("#")):
-        if row["gpu"] == "H200":  # the present choice stands before the sweeps
+        if row["gpu"] == "H200":  # the current choice comes before the sweeps
             found.setdefault(row["model"], f"{float(row['bytes_per_parameter']):.2f} (prediction)")
     return [
         Line(f"predicted DRAM bytes a parameter, {model}, H200", must, found[model], "traffic")
@@ -130,7 +186,7 @@ def lines(parents: Iterable[Path]) -> list[Line]:
         found.append(_counted(folders, f"{unit}, steady state", must, unit, "g"))
     what = f"host time, 161 tensors, launch stubbed / {FOREACH}"
     found.append(_over(folders, what, "≤ 0.25", "host, ResNet-50", STUBBED, FOREACH, kind="host"))
-    return [*found, _growth(folders), *_predictions()]
+    return [*found, _growth(folders), *_on_a_cpu(folders), *_predictions()]
 
 
 def readme_table(results: Path = environment.RESULTS) -> str:
@@ -139,7 +195,7 @@ def readme_table(results: Path = environment.RESULTS) -> str:
 
 
 def section(text: str) -> str:
-    """The README's text with its table made anew."""
+    """The README's text with its table regenerated."""
     inner = f"{BEGIN}\n\n{readme_table()}\n{END}"
     return re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: inner, text, flags=re.DOTALL)
 

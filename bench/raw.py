@@ -1,4 +1,4 @@
-"""raw.csv of a results folder, read back: what was measured, and what ran beside it."""
+"""Reads raw.csv of a results folder: what was measured, and what was interleaved with it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def runs(rows: list[Raw], unit: str = "us") -> dict[tuple[str, ...], dict[str, d
 
 
 def copy_us(timed: dict[str, Raw], bytes: float) -> float | None:
-    """Microseconds that the copy measured in the same run takes for so many bytes."""
+    """Microseconds for this many bytes at the copy bandwidth of the same run."""
     if COPY not in timed:
         return None
     return bytes / (float(timed[COPY]["bytes"]) / float(timed[COPY]["p50"]))

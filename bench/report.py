@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from bench import environment
-from bench.peers import FLOOR, OURS
+from bench.models import MODELS
+from bench.peers import CPU_LADDER, FLOOR, OURS, PORTABLE
 from bench.raw import COPY, Raw, case_of, copy_us, rows_of, runs
 
 
@@ -82,8 +83,38 @@ def _absent(facts: dict[str, Any], key: tuple[str, ...], timed: dict[str, Raw]) 
     return {k: v for k, v in names.items() if k not in timed}
 
 
+def against_sgd(rows: list[Raw]) -> dict[str, dict[str, float]]:
+    """Of each fp32 case that has both on a CPU: every variant's time over SGD(fused=True)'s."""
+    found: dict[str, dict[str, float]] = {}
+    for (name, _, dtype, _), kinds in runs(rows).items():
+        timed = kinds.get("host", {})
+        if dtype == "fp32" and "gpu" not in kinds and {FLOOR, PORTABLE} <= timed.keys():
+            case = case_of(timed[FLOOR])
+            if case is not None:
+                title = name if name in MODELS else f"{len(case.shapes)} tensors, {case.n_params:,}"
+                base = float(timed[FLOOR]["p50"])
+                found[title] = {n: float(r["p50"]) / base for n, r in timed.items() if n != COPY}
+    return found
+
+
+def summary(rows: list[Raw]) -> str:
+    """One line a variant, ours first; one column a case; SGD(fused=True) is 1."""
+    found = against_sgd(rows)
+    if not found:
+        return ""
+    names = [n for n in CPU_LADDER if any(n in column for column in found.values())]
+    lines = [
+        [n, *(f"{column[n]:.2f}" if n in column else "–" for column in found.values())]
+        for n in names
+    ]
+    return (
+        f"## A step on this CPU, in units of {FLOOR}, which computes no norms\n\n"
+        + table(["", *found], lines) + "\n"
+    )  # fmt: skip
+
+
 def markdown(folder: Path) -> str:
-    """What table.md says."""
+    """The text of table.md."""
     rows, facts = rows_of(folder), environment.read(folder)
     text = f"# {folder.name}\n\n"
     why = environment.reportable(folder)
@@ -99,6 +130,7 @@ def markdown(folder: Path) -> str:
     if facts.get("gate"):
         reasons = "".join(f"- {k}: {v}\n" for k, v in facts["gate"].items())
         return text + f"The correctness gate failed, so nothing is reported:\n\n{reasons}"
+    text += summary(rows)
     for key, kinds in runs(rows).items():
         timed = kinds.get("gpu") or kinds["host"]
         first = next(iter(timed.values()))
@@ -117,6 +149,10 @@ def markdown(folder: Path) -> str:
     bound = facts.get("host_bound", {})
     for case, names in bound.items():
         text += f"{case}: {', '.join(names)} wait for the GPU; their GPU time holds the host's.\n\n"
+    for piece, reason in facts.get("lost", {}).items():
+        text += f"{piece}: not measured ({reason}).\n\n"
+    for tool, verdict in facts.get("sanitizer", {}).items():
+        text += f"compute-sanitizer, {tool}: {verdict}.\n\n"
     if (folder / "traffic.csv").exists():
         text += "traffic.csv: predictions of the cache simulation, not measured.\n"
     return text

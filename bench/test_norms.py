@@ -1,4 +1,4 @@
-"""Norms of all tensors of a model: `multi_tensor_l2norm` beside PyTorch's own."""
+"""Norms of all tensors of a model: `multi_tensor_l2norm` against PyTorch's own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from bench.peers import Variant
 from bench.timers import Budget, interleave, timer_for
 from lars_fused import multi_tensor_l2norm
 
+pytestmark = [pytest.mark.cpu, pytest.mark.gpu]
+
 CASES = ("ResNet-50", "ViT-B/16", "one 100M tensor")
+ON_CPU = ("small", "ResNet-50", "one 100M tensor")
+ERROR = "1e-9, relative error"
 SMALL = 10**6
 OURS = "multi_tensor_l2norm"
 FUNCTIONS: dict[str, Callable[[list[torch.Tensor]], object]] = {
@@ -41,6 +45,10 @@ def measured(
         tensors = case.inputs(device).w
         truth = torch.stack([torch.linalg.vector_norm(t.double()) for t in tensors])
         error = ((multi_tensor_l2norm(tensors).to(truth) - truth).abs() / truth).max()
+        recorder.add(
+            f"norms, {case.name}", OURS, [float(error) * 1e9], unit=ERROR, n_tensors=len(tensors),
+            n_params=case.n_params, kind=timer_for(device).kind,
+        )  # fmt: skip
         if not error <= 1e-6:
             recorder.note(gate={f"norms, {case.name}": f"relative error {float(error):.3g}"})
             raise GateError(f"norms of {case.name}: relative error {float(error):.3g}")
@@ -64,12 +72,11 @@ def measured(
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize(
-    "name",
-    [pytest.param("small", marks=pytest.mark.cpu)]
-    + [pytest.param(n, marks=pytest.mark.gpu, id=slug(n)) for n in CASES],
+    "name", [pytest.param(n, id=slug(n)) for n in dict.fromkeys((*ON_CPU, *CASES))]
 )
-def test_norms(name, function, measured, replay, device):
-    if name != "small" and device.type == "cpu":
+def test_norms(name, function, measured, replay, device, benchmark):
+    benchmark.group = f"norms, {name}"
+    if name not in (ON_CPU if device.type == "cpu" else (*CASES, "small")):
         pytest.skip("needs a GPU: torch.cuda finds none")
     samples = measured(name)
     if samples is None:

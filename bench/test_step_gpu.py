@@ -1,6 +1,8 @@
 """GPU time and host time of one step: ours, the floors and the peers, by model and dtype.
 
-The order is that of importance, for a run whose time is up leaves out the rest.
+Ordered by importance, because a run that is out of time skips the rest. Rows are written run by
+run: the most important ones are in short runs of few variants, before the peers. Labels start with
+the word that `ci/gpu.sh` selects by: first, case, peers, compiled.
 """
 
 from __future__ import annotations
@@ -12,22 +14,26 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from bench.budget import Budget
 from bench.cases import DTYPES, SWEEP, Case, model_case, slug, sweep_case
-from bench.harness import COPY, Builders, GateError, Measured, Recorder, measure
+from bench.harness import COPY, Builders, GateError, Measured, Recorder, measure, reason
 from bench.models import MODELS
 from bench.peers import COMPILED, EAGER, FLOOR, LADDER, ONE, PROJECTS
-from bench.timers import Budget
+from bench.supervise import Fault, Pieces
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch.cuda finds none"),
 ]
 
-_FIRST = ("ResNet-50", "ViT-B/16", "one 100M tensor")
-_OTHERS = tuple(name for name in MODELS if name not in _FIRST)
+_FIRST = ("ResNet-50", "ViT-B/16")
+_LARGE = "one 100M tensor"
+_OTHERS = tuple(name for name in MODELS if name not in (*_FIRST, _LARGE))
 _FP32, *_MIXED = DTYPES
 _BRIEF = {**LADDER, "foreach LARS": EAGER["foreach LARS"]}
-_WITH_COMPILED = {name: LADDER[name] for name in (FLOOR, ONE)} | COMPILED
+_BESIDE = {name: LADDER[name] for name in (FLOOR, ONE)}  # ratios are taken within one run
+_JAX = "optax lars, jit"  # a separate run: another runtime that starts slowly
+_PEERS = {**EAGER, **{name: peer for name, peer in PROJECTS.items() if name != _JAX}}
 
 
 class Run(NamedTuple):
@@ -36,29 +42,36 @@ class Run(NamedTuple):
     label: str
     make: Callable[[], Case]
     builders: Builders
-    seconds: float = 0.0  # what must be left for it to begin
+    seconds: float = 0.0  # seconds that must be left for it to start
+    limit: float = 45.0  # seconds after which it counts as hung
 
 
-def _models(names: tuple[str, ...], dtypes: list[str], builders: Builders, end: str) -> list[Run]:
+def _models(
+    kind: str, names: tuple[str, ...], builders: Builders, dtypes: list[str] | None = None,
+    **times: float,
+) -> list[Run]:  # fmt: skip
     return [
         Run(
-            f"{slug(name)}-{slug(dtype)}{end}", functools.partial(model_case, name, dtype), builders
+            f"{kind}-{slug(name)}-{slug(dtype)}", functools.partial(model_case, name, dtype),
+            builders, **times,
         )
-        for dtype in dtypes
+        for dtype in dtypes or [_FP32]
         for name in names
-    ]
+    ]  # fmt: skip
 
 
 RUNS = [
-    *_models(_FIRST, [_FP32], {**LADDER, **EAGER, **PROJECTS}, ""),
-    *_models(_FIRST, _MIXED, _BRIEF, ""),
-    *[Run(f"sweep{n:.0e}", functools.partial(sweep_case, n), _BRIEF) for n in SWEEP],
-    *_models(_OTHERS, [_FP32], {**LADDER, **EAGER, **PROJECTS}, ""),
-    *[
-        run._replace(seconds=60)
-        for run in _models(_FIRST[:2], [_FP32], _WITH_COMPILED, "-compiled")
-    ],
-    *_models(_OTHERS, _MIXED, _BRIEF, ""),
+    *_models("first", _FIRST, LADDER),
+    *_models("peers", _FIRST, _BESIDE | _PEERS),
+    *_models("case", (_LARGE,), _BRIEF),
+    *_models("peers-jax", _FIRST, _BESIDE | {_JAX: PROJECTS[_JAX]}, limit=90),
+    *_models("case", (*_FIRST, _LARGE), _BRIEF, _MIXED),
+    *[Run(f"case-sweep{n:.0e}", functools.partial(sweep_case, n), _BRIEF) for n in SWEEP],
+    *_models("case", _OTHERS, LADDER),
+    *_models("peers", (_LARGE, *_OTHERS), _BESIDE | _PEERS),
+    *_models("peers-jax", (_LARGE, *_OTHERS), _BESIDE | {_JAX: PROJECTS[_JAX]}, limit=90),
+    *_models("case", _OTHERS, _BRIEF, _MIXED),
+    *_models("compiled", _FIRST, _BESIDE | COMPILED, seconds=60, limit=180),
 ]
 _PARAMETERS = [
     pytest.param(run, name, id=f"{run.label}-{name}")
@@ -67,38 +80,63 @@ _PARAMETERS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def measured(
-    device: torch.device, recorder: Recorder, budget: Budget
-) -> Callable[[Run], Measured | None]:
-    """Measures a run when its first variant is asked for; None once the time is up."""
+class Asked:
+    """Measures a run when its first variant asks, and gives the others their results."""
 
-    @functools.cache
-    def by_label(label: str) -> Measured | GateError | None:
-        run = next(run for run in RUNS if run.label == label)
-        if budget.left <= run.seconds:
-            return None
+    def __init__(
+        self, device: torch.device, recorder: Recorder, budget: Budget, pieces: Pieces
+    ) -> None:
+        self.device, self.recorder, self.budget, self.pieces = device, recorder, budget, pieces
+        self._known: dict[str, Measured | Exception | str] = {}
+
+    def __call__(self, run: Run) -> Measured:
+        if run.label not in self._known:
+            self._known[run.label] = self._come_of(run)
+        found = self._known[run.label]
+        if isinstance(found, Exception):
+            raise found
+        if isinstance(found, str):
+            pytest.skip(found)
+        return found
+
+    def _come_of(self, run: Run) -> Measured | Exception | str:
+        if run.label in self.pieces.begun():
+            return "begun by the process before this one"
+        if self.budget.left <= run.seconds:
+            return "the time is up"
         torch._dynamo.reset()  # its limit of recompilations counts those of earlier cases
         torch.cuda.empty_cache()
         try:
-            return measure(run.make(), device, run.builders, recorder)
+            with self.pieces.piece(run.label, run.limit, self.budget):
+                return self._measured(run)
+        except Fault as fault:
+            pytest.exit(f"{run.label}: {fault}", returncode=1)
+
+    def _measured(self, run: Run) -> Measured | Exception:
+        try:
+            return measure(run.make(), self.device, run.builders, self.recorder)
         except GateError as error:
-            return error  # once a case, not once a variant
+            return GateError(str(error))  # without the traceback, which keeps its tensors alive
+        except Exception as error:
+            why = reason(error)
+        self.recorder.note(lost={run.label: why})
+        try:
+            torch.cuda.synchronize(self.device)
+        except RuntimeError as error:
+            raise Fault(why) from error
+        return RuntimeError(why)
 
-    def ask(run: Run) -> Measured | None:
-        found = by_label(run.label)
-        if isinstance(found, GateError):
-            raise found
-        return found
 
-    return ask
+@pytest.fixture(scope="module")
+def measured(
+    device: torch.device, recorder: Recorder, budget: Budget, pieces: Pieces
+) -> Callable[[Run], Measured]:
+    return Asked(device, recorder, budget, pieces)
 
 
 @pytest.mark.parametrize(("run", "variant"), _PARAMETERS)
 def test_step(run, variant, measured, replay):
     found = measured(run)
-    if found is None:
-        pytest.skip("the time is up")
     if variant in found.absent:
         pytest.skip(f"absent: {found.absent[variant]}")
     replay(found.times[variant])

@@ -1,35 +1,36 @@
 """How a sample is taken: cold caches, a full queue, rotating order.
 
-GPU time is taken by events around one step. A spinning kernel is queued first, so that the host has
-enqueued everything before the GPU reaches the first event; a sample for which it was late is thrown
-away. Variants of so many launches that the queue overflows are captured and replayed. What can do
-neither, because it waits for the GPU itself, is marked `host_bound`: its time holds the host's.
+GPU time is measured by events around one step. A spinning kernel is queued first, so that the host
+has enqueued everything before the GPU reaches the first event; samples where the host fell behind
+are discarded and repeated. Variants with so many launches that the queue overflows are captured and
+replayed. Variants that can do neither, because they wait for the GPU, are marked `host_bound`:
+their time includes the host's.
 
-The L2 is made cold by rewriting a buffer of several times its size, outside of the time. It is then
-full of dirty lines, which the step has to write back as it leaves its own behind: what a step owes
-to DRAM is all paid within its time, as in a training loop.
+The L2 is made cold by rewriting a buffer of several times its size, outside the timed region. It is
+then full of dirty lines, which the step evicts while leaving its own behind: all of a step's DRAM
+traffic falls within its time, as in a training loop.
 
-Host time is the duration of the call, measured apart. Every round takes one sample of each variant,
-in an order that rotates.
+Host time is the duration of the call, measured separately. Every round takes one sample of each
+variant, in rotating order.
 """
 
 from __future__ import annotations
 
 import gc
-import math
 import time
 from collections.abc import Callable
 from statistics import median
 
 import torch
 
+from bench.budget import Budget as Budget
 from bench.peers import Variant
 
 _LONGEST_HOLD_US = 20_000
 
 
 class Clock:
-    """Time that passes only when it is told to."""
+    """A clock that only advances when told to."""
 
     __name__ = "bench.CLOCK"
 
@@ -46,19 +47,8 @@ class Clock:
 CLOCK = Clock()
 
 
-class Budget:
-    """Seconds that a part of a run may take; what comes later is left out, and said to be."""
-
-    def __init__(self, seconds: float = math.inf) -> None:
-        self.end = time.monotonic() + seconds
-
-    @property
-    def left(self) -> float:
-        return self.end - time.monotonic()
-
-
 def host_us(step: Callable[[], object], device: torch.device) -> float:
-    """Time of the call alone: the device is idle before, and is not waited for."""
+    """Time of the call alone: the device is idle before, and not waited for after."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter_ns()
@@ -75,7 +65,7 @@ def per_call_us(step: Callable[[], object], calls: int) -> float:
 
 
 class CpuTimer:
-    """Wall time of a step on a CPU after its caches were filled with something else."""
+    """Wall time of a step on a CPU after its caches were filled with other data."""
 
     kind = "host"
 
@@ -153,12 +143,14 @@ class CudaTimer:
         return late, start.elapsed_time(end) * 1e3
 
     def _captured(self, variant: Variant) -> Callable[[], object] | None:
-        """The step as a graph; None where it cannot be captured (it waits for the device)."""
-        graph = torch.cuda.CUDAGraph()
+        """The step as a graph; None if it cannot be captured (it waits for the device)."""
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         try:
             with torch.cuda.graph(graph):
                 variant.step()
-        except Exception:  # each way to wait or allocate is refused by an error of its own
+        except Exception:  # each way to wait or allocate raises its own error
+            # A capture that fails to end leaves its stream current.
+            torch.cuda.set_stream(stream)
             torch.cuda.synchronize(self.device)
             return None
         return graph.replay
@@ -185,7 +177,7 @@ def interleave(
 ) -> dict[str, list[float]]:
     """One sample of each in turn, `rounds` times or until the time is up.
 
-    As in `timeit`, without the garbage collector, whose turn would come at any variant's expense.
+    As in `timeit`, without the garbage collector, which could run during any variant's sample.
     """
     taken: dict[str, list[float]] = {name: [] for name in samplers}
     names, end = list(samplers), time.monotonic() + seconds

@@ -1,17 +1,26 @@
-"""Sweep the launch constants of this GPU, one at a time around the best so far.
+"""Sweep the launch constants of this GPU.
 
-Each candidate is timed beside the row that `kernels/tuning.py` holds, interleaved, the L2 cold, on
-three models; what counts is the geometric mean of its times over the row's. The order of the work
-list is tried too. Constants that do not compile are passed over.
+A candidate is a row of `kernels/tuning.py`. Each is timed against the current row, interleaved, the
+L2 cold, on three models, and ranked by the geometric mean of its times over the current row's.
+
+1. The grid: every combination of the constants that interact (order, eviction, block, programs,
+   polling), in few rounds, those nearest to the current row first.
+2. The best of the grid again, in more rounds; then, from the best of these, each constant in turn.
+3. The best few again, in many rounds: the minimum of many noisy figures is too low.
+
+Each result is written to tune.csv immediately and not timed again: a second call resumes where the
+first one ended. Constants that do not compile are skipped. A wrong result ends the sweep: it is a
+defect, not a matter of speed.
 """
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import csv
-import functools
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import geometric_mean, median
 from typing import Any, NamedTuple
@@ -19,122 +28,144 @@ from typing import Any, NamedTuple
 import torch
 
 from bench import environment
+from bench.budget import Budget
 from bench.cases import Case, model_case
-from bench.harness import GateError, Truth, disagreement
+from bench.harness import GateError, Truth, disagreement, reason
 from bench.peers import Inputs, Variant, ours
-from bench.timers import Budget, CudaTimer, interleave
-from lars_fused import launch, plan, tables
+from bench.supervise import Pieces
+from bench.timers import CudaTimer, interleave
+from lars_fused._engine import launch
 
 MODELS = ("ResNet-50", "ViT-B/16", "one 100M tensor")
+QUICK, USUAL, MANY = 5, 15, 40  # rounds
+FINALISTS = 6
+REGISTERS = 65536  # of a multiprocessor, every NVIDIA architecture since sm_70
+RATIO = "time over present row"
 
-
-class Candidate(NamedTuple):
-    """The constants that are swept; `window` is a share of the L2."""
-
-    chunk: int
-    block: int
-    num_warps: int
-    registers: int | None
-    programs: int
-    window: float
-    evict: str
-    order: str
-
-
-VALUES: dict[str, tuple[Any, ...]] = {  # what promises most comes first
-    "order": ("grouped", "sliding"),
-    "programs": (4, 5, 6, 3, 8, 2),
-    "block": (2048, 4096, 1024),
-    "window": (0.47, 0.55, 0.65, 0.8, 0.4, 0.3),
-    "chunk": (4096, 8192, 2048, 16384, 32768),
+# By the row's own names, so that the sweep follows the row: a name that it lacks is passed over,
+# and a bool that is not listed is tried both ways. What promises most comes first.
+VALUES: dict[str, tuple[Any, ...]] = {
+    "order": ("ahead", "grouped"),
     "evict": ("evict_first", ""),
-    "registers": (96, 80, 72, 128, None),
+    "block": (2048, 4096, 1024),
+    "programs": (4, 5, 6, 3, 8, 2),
+    "lag": (1.0, 1.5, 0.7),
+    "backoff": (200, 0, 50, 500),  # nanoseconds between two polls
+    "window": (0.47, 0.55, 0.65, 0.8, 0.4, 0.3),  # shares of the L2
+    "chunk": (4096, 8192, 2048, 16384, 32768),
+    "step_registers": (96, 80, 72, 128, None),
     "num_warps": (4, 8, 2),
+    "lanes": (128, 64, 256),
 }
-Times = dict[str, float]
+TOGETHER = ("order", "evict", "block", "programs", "backoff")  # and how a program polls
 
 
-def neighbours(best: Candidate) -> Iterator[Candidate]:
-    """Every candidate that differs from the best in one constant, or in two that go together."""
-    # A block of a whole chunk is one round trip an item, and takes registers.
-    yield best._replace(block=4096, registers=128, programs=min(best.programs, 4))
-    for name, values in VALUES.items():
+def swept(row: Any, l2_bytes: int) -> dict[str, tuple[Any, ...]]:
+    """The values of each constant of a row that are tried."""
+    found = {}
+    for name in (*VALUES, *row._fields):
+        if name not in row._fields or name in found:
+            continue
+        if name == "window":
+            found[name] = tuple(int(share * l2_bytes) for share in VALUES[name])
+        elif name in VALUES:
+            found[name] = VALUES[name]
+        elif isinstance(getattr(row, name), bool):
+            found[name] = (False, True)
+    return found
+
+
+def changed(present: Any, **constants: Any) -> Any:
+    """The present row with other constants, and those that follow from them."""
+    row = present._replace(**constants)
+    if "num_warps" in constants:
+        row = row._replace(threads=row.num_warps * present.threads // present.num_warps)
+    if "step_registers" not in constants and present.step_registers is not None:
+        # As many as leave room for all programs; more than the present ones for a larger block.
+        room = min(248, REGISTERS // (row.programs * row.threads) // 8 * 8)
+        least = room if row.block > present.block else present.step_registers
+        row = row._replace(step_registers=min(room, least))
+    return row
+
+
+def possible(row: Any) -> bool:
+    """Whether the kernels take the row: each size divides the next."""
+    fits = row.chunk % row.block == 0 and row.block % row.threads == 0
+    return fits and row.programs >= 1 and row.step_registers != 0
+
+
+def grid(present: Any, l2_bytes: int) -> list[Any]:
+    """All combinations of the constants that decide together, those nearest to the row first."""
+    values = swept(present, l2_bytes)
+    names = [n for n in values if n in TOGETHER or n.startswith("poll")]
+    rows = [
+        changed(present, **dict(zip(names, combination, strict=True)))
+        for combination in itertools.product(*(values[name] for name in names))
+    ]
+    rows = [row for row in dict.fromkeys(rows) if possible(row)]
+    return sorted(rows, key=lambda row: sum(a != b for a, b in zip(row, present, strict=True)))
+
+
+def neighbours(best: Any, l2_bytes: int) -> Iterator[Any]:
+    """Every row that differs from the best in one constant, or in two that go together."""
+    for name, values in swept(best, l2_bytes).items():
         for value in values:
-            yield best._replace(**{name: value})
+            yield changed(best, **{name: value})
     for factor in (0.5, 2):
-        yield best._replace(
-            chunk=int(best.chunk * factor), programs=max(1, round(best.programs / factor))
-        )
+        chunk, programs = int(best.chunk * factor), max(1, round(best.programs / factor))
+        yield changed(best, chunk=chunk, programs=programs)
 
 
-def possible(candidate: Candidate) -> bool:
-    return candidate.chunk % candidate.block == 0 and candidate.block >= 32 * candidate.num_warps
-
-
-def row_of(candidate: Candidate, row: Any, l2_bytes: int) -> Any:
-    """The row of `kernels/tuning.py` with a candidate's constants."""
-    return row._replace(
-        chunk=candidate.chunk, block=candidate.block, num_warps=candidate.num_warps,
-        threads=candidate.num_warps * row.threads // row.num_warps,
-        step_registers=candidate.registers, programs=candidate.programs,
-        window=int(candidate.window * l2_bytes), evict=candidate.evict,
-    )  # fmt: skip
+def label(row: Any, present: Any) -> str:
+    """What a row changes of the present one."""
+    pairs = zip(row._fields, row, present, strict=True)
+    return " ".join(f"{n}={a!r}" for n, a, b in pairs if a != b) or "the present row"
 
 
 @contextlib.contextmanager
-def used(candidate: Candidate, architecture: str, l2_bytes: int) -> Iterator[None]:
-    """New work within the block is made and launched with these constants."""
+def used(row: Any, architecture: str) -> Iterator[None]:
+    """New work within the block is made and launched with the constants of a row."""
     rows = launch.kernels().tuning.ROWS
-    before, make = dict(rows), tables.make_plan
-    row = launch.kernels().tuning.row_for(architecture)
-    rows[architecture] = row_of(candidate, row, l2_bytes)
-    tables.make_plan = functools.partial(plan.make_plan, order=candidate.order)
-    tables._cached_plan.cache_clear()  # it does not know of the order
+    before = dict(rows)
+    rows[architecture] = row
     try:
         yield
     finally:
         rows.clear()
         rows.update(before)
-        tables.make_plan = make
-        tables._cached_plan.cache_clear()
 
 
 class Tuner:
-    """Times of candidates over those of the present row, on every model."""
+    """Times of rows over those of the present one, on every model."""
 
     def __init__(self, device: torch.device, cases: list[Case], timer: Any) -> None:
         self.device, self.cases, self.timer = device, cases, timer
         self.architecture = launch.architecture(device)[0]
-        self.l2 = getattr(
-            torch.cuda.get_device_properties(device), "L2_cache_size", 0
-        ) if device.type == "cuda" else 1 << 24  # fmt: skip
+        self.l2 = launch.architecture(device)[2] or 1 << 24
         tuning = launch.kernels().tuning
         row = tuning.row_for(self.architecture)
-        self.present = Candidate(
-            row.chunk, row.block, row.num_warps, row.step_registers, row.programs,
-            tuning.WINDOW_SHARE if row.window is None else round(row.window / self.l2, 3),
-            row.evict, "grouped",
-        )  # fmt: skip
+        window = int(self.l2 * tuning.WINDOW_SHARE) if row.window is None else row.window
+        self.present = row._replace(window=window)
         self.inputs = [case.inputs(device) for case in cases]
         self.truths = [Truth(inputs) for inputs in self.inputs]
         self.baselines = [self._variant(self.present, i) for i in range(len(cases))]
 
-    def _variant(self, candidate: Candidate, i: int) -> Variant:
-        with used(candidate, self.architecture, self.l2):
+    def _variant(self, row: Any, i: int) -> Variant:
+        with used(row, self.architecture):
             inputs: Inputs = self.inputs[i]
             variant = ours(inputs)
             error = disagreement(variant, self.truths[i])
             if not error <= 1:
-                raise GateError(f"{candidate}: error {error:.3g} times its bound")
+                raise GateError(f"{label(row, self.present)}: error {error:.3g} times its bound")
             for _ in range(2):
                 variant.step()
         return variant
 
-    def times(self, candidate: Candidate, rounds: int = 15) -> tuple[float, Times]:
+    def times(self, row: Any, rounds: int) -> tuple[float, dict[str, float]]:
         """Geometric mean of time over the present row's, and the microseconds by model."""
         ratios, found = [], {}
         for i, case in enumerate(self.cases):
-            variants = {"now": self.baselines[i], "new": self._variant(candidate, i)}
+            variants = {"now": self.baselines[i], "new": self._variant(row, i)}
             samplers = {name: self.timer.ready(v) for name, v in variants.items()}
             taken = interleave(samplers, rounds, math.inf)
             new, now = median(taken["new"]), median(taken["now"])
@@ -143,61 +174,122 @@ class Tuner:
         return geometric_mean(ratios), found
 
 
-def search(tuner: Tuner, budget: Budget) -> list[tuple[float, Candidate, Times]]:
-    """Go to the best neighbour until none is better or the time is up."""
-    tried: dict[Candidate, tuple[float, Candidate, Times]] = {}
-    best = tuner.present
-    improved = True
-    while improved and budget.left > 0:
-        improved = False
-        start = best
-        for candidate in neighbours(start):
-            if candidate in tried or not possible(candidate) or budget.left <= 0:
-                continue
+class Result(NamedTuple):
+    ratio: float
+    row: Any
+    rounds: int
+    times: dict[str, float]
+
+
+def _value(text: str) -> Any:
+    """A constant as it stands in the file: a number, None, True, False, or a word."""
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
+
+
+class Results:
+    """What was timed: of each row the result of most rounds; tune.csv holds all of them."""
+
+    def __init__(self, path: Path, present: Any) -> None:
+        self.path, self.present = path, present
+        self.held: dict[Any, Result] = {}
+        if path.exists():
+            with path.open(newline="") as file:
+                for line in csv.DictReader(file):
+                    self._keep(self._read(line))
+
+    def _read(self, line: dict[str, str]) -> Result:
+        fields = {n: _value(text) for n, text in line.items() if n in self.present._fields}
+        row = self.present._replace(**fields)
+        times = {n: float(t) for n, t in line.items() if n.startswith(MODELS) and t}
+        return Result(float(line[RATIO]), row, int(line["rounds"]), times)
+
+    def _keep(self, result: Result) -> None:
+        if result.row not in self.held or self.held[result.row].rounds <= result.rounds:
+            self.held[result.row] = result
+
+    def add(self, result: Result) -> None:
+        self._keep(result)
+        fields = {n: v for n, v in result.row._asdict().items() if n != "record"}
+        texts = {name: str(value) for name, value in fields.items()}
+        line = {"utc": environment.now(), "rounds": result.rounds, RATIO: result.ratio}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        new = not self.path.exists()
+        with self.path.open("a", newline="") as file:
+            table = csv.DictWriter(file, [*line, *texts, *result.times], lineterminator="\n")
+            if new:
+                table.writeheader()
+            table.writerow({**line, **texts, **result.times})
+
+    def best(self, count: int, rounds: int = QUICK) -> list[Result]:
+        """The fastest, of those that were timed in so many rounds."""
+        known = [result for result in self.held.values() if result.rounds >= rounds]
+        return sorted(known, key=lambda result: result.ratio)[:count]
+
+
+def search(tuner: Any, budget: Budget, results: Results, pieces: Pieces, lost: set[str]) -> None:
+    """The grid in the first half of the time, then one constant at a time, then the best again."""
+    present, whole = tuner.present, budget.left
+    failed: set[Any] = set()
+
+    def time(row: Any, rounds: int) -> None:
+        held = results.held.get(row)
+        name = f"{label(row, present)}, {rounds} rounds"
+        if (held and held.rounds >= rounds) or row in failed or not possible(row):
+            return
+        if name in lost or name in pieces.begun() or budget.left <= 0:
+            return
+        with pieces.piece(name, 60.0, budget):
             try:
-                tried[candidate] = (*_first(tuner.times(candidate), candidate),)
+                ratio, times = tuner.times(row, rounds)
             except GateError:
-                raise  # a wrong result is a defect, and no matter of speed
+                raise
             except Exception as error:  # whatever keeps constants from compiling
-                print(f"{candidate}: {type(error).__name__}: {str(error).splitlines()[:1]}")
-                tried[candidate] = (math.inf, candidate, {})
-                continue
-            print(f"{tried[candidate][0]:.3f}  {candidate}", flush=True)
-            if best not in tried or tried[candidate][0] < tried[best][0]:
-                improved = improved or candidate != best
-                best = candidate
-    return sorted(tried.values(), key=lambda result: result[0])
+                failed.add(row)
+                print(f"  passed over: {reason(error)}", flush=True)
+                return
+        results.add(Result(round(ratio, 4), row, rounds, times))
+        print(f"  {ratio:.3f}", flush=True)
+
+    time(present, USUAL)
+    for row in grid(present, tuner.l2):
+        if budget.left > whole / 2:
+            time(row, QUICK)
+    for result in results.best(FINALISTS):
+        time(result.row, USUAL)
+    before: list[Result] = []
+    while (best := results.best(1, USUAL)) != before:
+        for row in neighbours(best[0].row, tuner.l2):
+            if budget.left > whole / 10:
+                time(row, USUAL)
+        before = best
+    for result in results.best(3, USUAL):
+        time(result.row, MANY)
 
 
-def _first(result: tuple[float, Times], candidate: Candidate) -> tuple[float, Candidate, Times]:
-    return result[0], candidate, result[1]
-
-
-def write(path: Path, results: list[tuple[float, Candidate, Times]]) -> None:
-    rows = [
-        {"time over present row": round(ratio, 4), **candidate._asdict(), **times}
-        for ratio, candidate, times in results
-        if times
-    ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        table = csv.DictWriter(file, list(rows[0]) if rows else ["none"], lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
-
-
-def main(folder: Path, seconds: float) -> int:
-    budget = Budget(seconds)
+def main(folder: Path, budget: Budget, make: Callable[..., Any] = CudaTimer) -> int:
     device = torch.device("cuda")
-    if "sha" not in environment.read(folder):
-        environment.note(folder, **environment.facts("python -m bench tune"))
-    tuner = Tuner(device, [model_case(name) for name in MODELS], CudaTimer(device))
-    print(f"present row: {tuner.present}", flush=True)
-    results = search(tuner, budget)
-    write(folder / "tune.csv", results)
-    print("\nsorted by time over the present row's, geometric mean of the models:")
-    for ratio, candidate, times in results[:25]:
-        figures = "  ".join(f"{times[m]:8.1f}" for m in MODELS if m in times)
-        print(f"{ratio:.3f}  {figures}  {tuple(candidate)}")
-    print(f"written: {folder / 'tune.csv'}")
+    tuner = Tuner(device, [model_case(name) for name in MODELS], make(device))
+    results = Results(folder / "tune.csv", tuner.present)
+    left_out = [n for n in tuner.present._fields if n not in swept(tuner.present, tuner.l2)]
+    print(f"present row: {tuner.present}\nnot swept: {', '.join(left_out)}", flush=True)
+    lost = set(environment.read(folder).get("lost", {}))
+    try:
+        search(tuner, budget, results, Pieces(folder), lost)
+    except GateError as error:
+        environment.note(folder, gate={f"tune, {torch.cuda.get_device_name()}": str(error)})
+        raise
+    finally:
+        show(results)
     return 0
+
+
+def show(results: Results) -> None:
+    print(f"\nby {RATIO}, geometric mean of {', '.join(MODELS)}:")
+    for result in results.best(20):
+        figures = "  ".join(f"{result.times[m]:8.1f}" for m in MODELS if m in result.times)
+        what = label(result.row, results.present)
+        print(f"{result.ratio:.3f}  {result.rounds:2} rounds  {figures}  {what}")
+    print(f"written: {results.path}", flush=True)

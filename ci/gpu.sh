@@ -1,88 +1,185 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, on a bare machine: python3 with torch, triton, pytest and
-# pytest-benchmark; no network, nothing installed, run from the checkout. Under 9 minutes.
+# pytest-benchmark; no network, nothing installed.
 #
-#     ci/gpu.sh                               tests, bench, profile: one results folder
-#     ci/gpu.sh tests bench:resnet50 profile  named parts; after the colon a pytest -k expression
-#     ci/gpu.sh tune                          sweep the launch constants
+#     LARS_FUSED_SHA=$(git describe --always --dirty --abbrev=10 --exclude '*') ci/gpu.sh first
 #
-# A small step is checked first, whatever the parts.
+#     ci/gpu.sh first     tests; ResNet-50 and ViT-B/16 beside SGD(fused=True); profile; sanitizer
+#     ci/gpu.sh second    the other cases, the peers, norms
+#     ci/gpu.sh third     the tuner, the compiled peers
+#     ci/gpu.sh           all three, one after the other
+#     ci/gpu.sh PART...   parts by name: tests[:EXPR] bench[:EXPR] profile sanitize tune
+#                         EXPR is a pytest -k expression, such as bench:resnet50
 #
-# PYTHON: the interpreter. OUT: where the folder goes (default bench/results). LARS_FUSED_SHA: the
-# commit (with -dirty if so), where the tree came without its history. Every part has its own time
-# limit, and the report is made from what the parts left, whatever became of them.
+# Each call takes less than LIMIT seconds (560), whatever hangs: every part has a limit of its own and
+# is killed where it does not heed it. Each begins with a small step beside the portable path, and
+# goes no further if that is wrong. What a part has measured is written as it goes and is copied away
+# while the part runs.
+#
+# The folder of a commit, a GPU and a day is kept in KEEP (build/gpu, which git ignores); a later call
+# adds to it. A copy goes to bench/results/, or, where OUT is set, as one archive to OUT, a name for
+# each call. `python -m bench merge ARCHIVE...` puts together what several machines left.
+#
+# LARS_FUSED_SHA is the commit, with -dirty if so; it can be left out where the history is there.
+# Figures of no commit may not be quoted, so nothing is run without one, unless UNQUOTABLE=1.
+# PYTHON is the interpreter. TESTS_SECONDS, BENCH_SECONDS, PROFILE_SECONDS, SANITIZE_SECONDS,
+# TUNE_SECONDS, REPORT_SECONDS: another limit for a part. GRACE: seconds from interrupt to kill (8).
 set -uo pipefail
-cd "$(dirname "$0")/.."
+set -m # a part is a process group of its own, which can be interrupted and killed whole
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
-PYTHON=${PYTHON:-python3}
-OUT=${OUT:-bench/results}
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(tests bench profile)
+usage() { sed -n '2,/^set /s/^# \{0,1\}//p' ci/gpu.sh; }
+
+first=(tests bench:first profile sanitize)
+second=("bench:case or peers or norms")
+third=(tune bench:compiled)
+declare -A limits=(
+    [smoke]=60 [tests]=190 [bench]=240 [profile]=80 [sanitize]=80 [tune]=280 [report]=40
+    ["bench:first"]=95 ["bench:compiled"]=170 ["bench:case or peers or norms"]=450
+)
+
+case ${1:-} in
+-h | --help)
+    usage
+    exit 0
+    ;;
+"")
+    status=0
+    for call in first second third; do bash ci/gpu.sh "$call" || status=1; done
+    exit "$status"
+    ;;
+first) parts=("${first[@]}") ;;
+second) parts=("${second[@]}") ;;
+third) parts=("${third[@]}") ;;
+*) parts=("$@") ;;
+esac
 for part in "${parts[@]}"; do
     case ${part%%:*} in
-    tests | bench | profile | tune) ;;
+    tests | bench | profile | sanitize | tune) ;;
     *)
-        echo "no part ${part%%:*}; there are tests, bench, profile and tune" >&2
+        printf 'no part %s; there are tests, bench, profile, sanitize and tune\n\n' "${part%%:*}" >&2
+        usage >&2
         exit 2
         ;;
     esac
 done
 
-folder="$OUT/$("$PYTHON" -c 'from bench.environment import folder; print(folder().name)')" || exit 1
-mkdir -p "$folder"
-failed=0
+PYTHON=${PYTHON:-python3}
+limits[report]=${REPORT_SECONDS:-${limits[report]}}
+KEEP=${KEEP:-build/gpu}
+deadline=$((SECONDS + ${LIMIT:-560}))
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
-# limited SECONDS COMMAND...: a part that hangs is ended, and the next one begins.
+quotable=--quotable
+if [ -n "${UNQUOTABLE:-}" ]; then
+    quotable=
+    printf '\n    UNQUOTABLE: no figure of this run may be quoted anywhere\n\n' >&2
+fi
+if ! name=$(timeout -k 5 90 "$PYTHON" -m bench folder --keep "$KEEP" $quotable); then
+    echo "Set LARS_FUSED_SHA to the commit of a clean tree (ci/gpu.sh --help), or UNQUOTABLE=1." >&2
+    exit 2
+fi
+folder="$KEEP/$name"
+archive="${OUT:-}/$name.$(date -u +%H%M%S).tar.gz"
+mkdir -p "$folder" ${OUT:+"$OUT"}
+
+# What there is so far, where it outlives this machine; an archive is replaced in one go.
+save() {
+    if [ -n "${OUT:-}" ]; then
+        tar -czf "$KEEP/.$BASHPID" -C "$KEEP" "$name" 2>/dev/null # a file may grow meanwhile
+        mv "$KEEP/.$BASHPID" "$archive"
+    else
+        mkdir -p bench/results
+        cp -R "$folder" bench/results/
+        rm -f "bench/results/$name/pieces.txt" # of the part that runs, see bench/supervise.py
+    fi
+}
+
+exec 3>&1 4>&2 > >(exec tee -a "$folder/log.txt") 2>&1
+tee=$!
+(while sleep "${SAVE_SECONDS:-15}" && kill -0 $$; do save; done) >/dev/null 2>&1 3>&1 4>&1 &
+saver=$!
+child=
+
+# What has left its process group may hold the log open, so that tee goes on: not waited for.
+# shellcheck disable=SC2329 # called by the trap
+finish() {
+    trap - EXIT
+    kill -KILL -- "-$saver" ${child:+"-$child"} 2>/dev/null
+    exec 1>&3 2>&4
+    for _ in 1 2 3 4 5 6 7 8 9 10; do
+        kill -0 "$tee" 2>/dev/null || break
+        sleep 0.2
+    done
+    save
+    if [ -n "${OUT:-}" ]; then echo "results: $archive"; else echo "results: bench/results/$name"; fi
+}
+trap finish EXIT
+trap 'exit 130' INT TERM HUP
+
+failed=0
+begun=$SECONDS
+
+# room PART: seconds that it may take, its limit or what is left but for the report.
+room() {
+    local variable seconds left=$((deadline - SECONDS - limits[report] - 15))
+    [ "$1" != report ] || left=$((left + limits[report]))
+    variable=${1%%:*}
+    variable=${variable^^}_SECONDS
+    seconds=${!variable:-${limits[$1]:-${limits[${1%%:*}]}}}
+    echo $((seconds < left ? seconds : left))
+}
+
+# limited PART SECONDS COMMAND...: a part that hangs is ended, and the next one begins.
 limited() {
-    local seconds=$1 start=$SECONDS status
-    shift
-    timeout --signal=INT --kill-after=15 "$seconds" "$@" 2>&1 | tee -a "$folder/log.txt"
-    status=${PIPESTATUS[0]}
-    [ "$status" -ne 124 ] && [ "$status" -ne 137 ] || echo "$part: ended after $seconds s" | tee -a "$folder/log.txt"
-    echo "-- $part: $((SECONDS - start)) s, exit status $status" | tee -a "$folder/log.txt"
+    local part=$1 seconds=$2 start=$SECONDS status
+    shift 2
+    if [ "$seconds" -lt 2 ]; then
+        echo "-- $part: not begun, the time is up"
+        failed=1
+        return 125
+    fi
+    timeout --signal=INT --kill-after="${GRACE:-8}" "$seconds" "$@" </dev/null &
+    child=$!
+    wait "$child"
+    status=$?
+    kill -KILL -- "-$child" 2>/dev/null # what it may have left behind
+    child=
+    [ "$status" -ne 124 ] && [ "$status" -ne 137 ] || echo "$part: ended after $seconds s"
+    echo "-- $part: $((SECONDS - start)) s, exit status $status"
     [ "$status" -eq 0 ] || failed=1
+    save
     return "$status"
 }
 
-# One small step beside the portable path, before anything else takes the machine's time: a kernel
-# that waits for ever or cannot start ends the run here.
-smoke='
-import torch
-from lars_fused import LARS
-torch.manual_seed(0)
-ends = []
-for backend in ("triton", "torch"):
-    params = [torch.nn.Parameter(torch.ones(n, device="cuda").cumsum(0)) for n in (50_000, 3)]
-    optimizer = LARS(params, weight_decay=0.1, backend=backend)
-    for p in params:
-        p.grad = torch.ones_like(p)
-    for _ in range(2):
-        optimizer.step()
-    ends.append(torch.cat([p.detach().double() for p in params]))
-torch.testing.assert_close(*ends, rtol=1e-6, atol=0)
-print("a small step agrees with the portable path")
-'
-part=smoke
-limited 60 "$PYTHON" -c "$smoke" || exit 1
+note_tests() { timeout -k 5 20 "$PYTHON" -m bench note "$folder" "tests=$1"; }
+
+# Also asks whether `tests` is this project's and no other package's.
+smoke='import tests.cases, bench.small_step; bench.small_step.main()'
+if ! limited smoke "$(room smoke)" "$PYTHON" -c "$smoke"; then
+    note_tests 1
+    exit 1
+fi
 
 for part in "${parts[@]}"; do
     only=""
     case $part in *:*) only=${part#*:} ;; esac
+    seconds=$(room "$part")
     case ${part%%:*} in
     tests)
-        limited 170 "$PYTHON" ci/test.py gpu ${only:+-- -k "$only"}
-        "$PYTHON" -m bench note "$folder" "tests=$?"
+        limited "$part" "$seconds" "$PYTHON" ci/test.py gpu ${only:+-- -k "$only"}
+        status=$?
+        # Some of the tests passing says nothing; one failing does.
+        if [ -z "$only" ] || [ "$status" -ne 0 ]; then note_tests "$status"; fi
         ;;
     bench)
-        limited 240 "$PYTHON" -m bench run --output "$folder" --seconds 190 --only "$only" \
-            --no-report
+        limited "$part" "$seconds" "$PYTHON" -m bench run --output "$folder" --only "$only" \
+            --seconds $((seconds - 30)) --no-report
         ;;
-    profile) limited 75 "$PYTHON" -m bench profile "$folder" --seconds 60 ;;
-    tune) limited 200 "$PYTHON" -m bench tune "$folder" --seconds "${TUNE_SECONDS:-160}" ;;
+    *) limited "$part" "$seconds" "$PYTHON" -m bench "$part" "$folder" --seconds $((seconds - 12)) ;;
     esac
 done
-part=report
-[ ! -e "$folder/raw.csv" ] || limited 30 "$PYTHON" -m bench report "$folder"
-echo "results: $folder"
+[ ! -e "$folder/raw.csv" ] ||
+    limited report "$(room report)" "$PYTHON" -m bench report "$folder"
+echo "-- ${*:-all}: $((SECONDS - begun)) s"
 exit "$failed"
