@@ -1,19 +1,23 @@
 """Run lint, types and the test tiers side by side: what `make test` calls.
 
-Each job is a process of its own (a tier sets environment variables that triton reads at import),
-and as many run at once as there are cores. One line is printed as each job ends, then the whole
-output of every job that failed, then `N passed, N failed` over all of them; a lint or type check
-counts as one. The exit status is 0 only if nothing failed and every tier asked for ran at least one
-test.
+Each job is a separate process (a tier sets environment variables that triton reads at import), and
+as many run at once as there are cores. One line is printed as each job ends, then the full output
+of every failed job, then `N passed, N failed` in total; a lint or type check counts as one. The
+exit status is 0 only if nothing failed and every requested tier ran at least one test. The gpu
+tier's output is shown live and its counts are kept test by test, so that nothing is lost when a
+limit is reached.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import xml.etree.ElementTree as ElementTree
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -22,10 +26,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# The longest first, so that none starts last.
+# The longest first, so that it does not start last.
 TIERS = ("interpret", "ptx", "codegen", "floor", "cpu")
 CHOICES = ("all", "lint", "gpu", *TIERS)
-TIME_LIMIT = 1200  # seconds; a kernel that waits for ever must end as a failure
+OUTCOMES = ("PASSED", "FAILED", "ERROR", "SKIPPED")
+TIME_LIMIT = 1200  # seconds; a kernel that hangs must end as a failure
 
 
 @dataclass(frozen=True)
@@ -36,11 +41,12 @@ class Job:
     command: list[str]
     env: dict[str, str] = field(default_factory=dict)
     report: Path | None = None
+    streamed: bool = False  # its output is shown live
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a job."""
+    """The result of a job."""
 
     job: Job
     seconds: float
@@ -68,7 +74,7 @@ def lint_jobs() -> list[Job]:
 def tier_job(tier: str, reports: Path, args: argparse.Namespace, workers: int) -> Job:
     marks = "floor and interpret" if tier == "floor" else tier
     marks += " and (slow or fuzz)" if args.slow else " and not slow"
-    # The tiers run at the same time: no shared cache folder, one thread each.
+    # The tiers run concurrently: no shared cache folder, one thread each.
     env = {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
     if tier in ("interpret", "floor"):
         env["TRITON_INTERPRET"] = "1"
@@ -78,18 +84,26 @@ def tier_job(tier: str, reports: Path, args: argparse.Namespace, workers: int) -
         )
     report = reports / f"{tier}.xml"
     command = [sys.executable, "-m", "pytest", "-m", marks, f"--junitxml={report}"]
-    command += ["-q", "--durations=5", "-p", "no:cacheprovider"]
+    command += ["--durations=5", "-p", "no:cacheprovider"]
+    if tier == "gpu":
+        # A borrowed GPU goes back after minutes, and a context error fails every later test.
+        command += ["-v", "--maxfail=10", "-o", "faulthandler_timeout=40"]
+        env["PYTHONUNBUFFERED"] = "1"
+    else:
+        command.append("-q")
     if workers > 1 and find_spec("xdist"):
-        # One GPU: a few processes, and the tests that fill its memory in one of them.
+        # One GPU: a few processes, with the tests that fill its memory in just one of them.
         some = ["-n", str(min(workers, 4)), "--dist", "loadfile"]
         command += some if tier == "gpu" else ["-n", str(workers)]
-    return Job(tier, [*command, *args.pytest], env, report)
+    return Job(tier, [*command, *args.pytest], env, report, streamed=tier == "gpu")
 
 
-def counts(report: Path) -> tuple[int, int, int]:
-    """Passed, failed and skipped tests of one tier."""
+def counts(report: Path, output: str) -> tuple[int, int, int]:
+    """Passed, failed and skipped tests of one tier; from `-v` lines if it did not finish."""
     if not report.exists():
-        return 0, 0, 0
+        line = r"\b{0}\b[^\n]*? \[ *\d+%\]|\[ *\d+%\] {0}\b"  # the second is a worker's of xdist
+        found = [len(re.findall(line.format(word), output)) for word in OUTCOMES]
+        return found[0], found[1] + found[2], found[3]
     suites = list(ElementTree.parse(report).getroot().iter("testsuite"))
     total, failed, skipped = (
         sum(int(suite.get(name, 0)) for suite in suites for name in names)
@@ -100,27 +114,30 @@ def counts(report: Path) -> tuple[int, int, int]:
 
 def run(job: Job, needs_tests: bool) -> Outcome:
     start = time.monotonic()
-    try:
-        done = subprocess.run(
-            job.command,
-            cwd=ROOT,
-            env={**os.environ, **job.env},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            timeout=TIME_LIMIT,
-        )
-        code, output = done.returncode, done.stdout
-    except subprocess.TimeoutExpired as expired:
-        text = expired.stdout or ""
-        output = text.decode(errors="replace") if isinstance(text, bytes) else text
+    process = subprocess.Popen(
+        job.command,
+        cwd=ROOT,
+        env={**os.environ, **job.env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    limit = threading.Timer(TIME_LIMIT, process.kill)
+    limit.start()
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if job.streamed:
+            print(line, end="", flush=True)
+    code = process.wait()
+    limit.cancel()
+    output, seconds = "".join(lines), time.monotonic() - start
+    if seconds >= TIME_LIMIT:
         output += f"\nended after {TIME_LIMIT} s\n"
-        code = -1
-    seconds = time.monotonic() - start
     if job.report is None:
         return Outcome(job, seconds, output, passed=int(code == 0), failed=int(code != 0))
-    passed, failed, skipped = counts(job.report)
+    passed, failed, skipped = counts(job.report, output)
     if passed + failed == 0 and needs_tests:
         output += f"\nthe tier {job.name} ran no test\n"
         failed = 1
@@ -148,6 +165,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     args = parse(argv)
+    # An interrupt reaches the jobs too: they end, and their results so far are counted.
+    signal.signal(signal.SIGINT, lambda *_: None)
     whole = "all" in args.tiers
     tiers = [tier for tier in (*TIERS, "gpu") if tier in args.tiers or (whole and tier != "gpu")]
     if args.floor is None and whole:
@@ -164,7 +183,7 @@ def main(argv: list[str]) -> int:
             outcomes.append(future.result())
             print(outcomes[-1].line(), flush=True)
     for outcome in outcomes:
-        if outcome.failed:
+        if outcome.failed and not outcome.job.streamed:
             print(f"\n{outcome.job.name}: {' '.join(outcome.job.command)}\n{outcome.output}")
     passed = sum(outcome.passed for outcome in outcomes)
     failed = sum(outcome.failed for outcome in outcomes)

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from lars_fused import launch
+from tests.internals import launch
 
 _MARGIN = 64  # bytes of sentinel before and after a tensor
 # 3.4e38 in fp32 and bf16, NaN in fp16: one that is read shows in every norm.
 SENTINEL = 0x7F
 
 # Every term is large: with |w| and |g| about 1, dropping any one moves w by far more than the bound
-# (test_kernel_accuracy.test_every_term_moves_the_result).
+# (kernels/test_accuracy.test_every_term_moves_the_result).
 TERMS: dict[str, Any] = {
     "lr": 1.5,
     "momentum": 0.8,

@@ -27,9 +27,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 torch.set_num_threads(1)
 
 if INTERPRETED:
-    from tests.interpreter import patch_once_a_launch
+    from tests.interpreter import quicken
 
-    patch_once_a_launch()
+    quicken()
 
 
 def running_tier(config: pytest.Config) -> str:
@@ -95,15 +95,15 @@ def device(tier: str) -> str:
 @pytest.fixture
 def launched(monkeypatch):
     """Every launch as (kernel, its compile-time constants), by way of the one function for it."""
-    from lars_fused import launch
+    from tests.internals import launch, replace_launch
 
-    calls, run = [], launch.run
+    calls = []
 
     def record(name, grid, args, dtypes, row, device):
         calls.append((name, str(launch.constants(dtypes, row, name, True))))
         run(name, grid, args, dtypes, row, device)
 
-    monkeypatch.setattr(launch, "run", record)
+    run = replace_launch(monkeypatch, record)
     return calls
 
 

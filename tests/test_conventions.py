@@ -1,4 +1,8 @@
+import copy
 import inspect
+import io
+import json
+import pickle
 
 import pytest
 import torch
@@ -39,9 +43,35 @@ def test_states_what_its_source_fixes_and_nothing_of_the_callers(name):
 
 
 @pytest.mark.parametrize("name", conventions.__all__)
-def test_is_read_only(name):
-    with pytest.raises(TypeError, match="does not support item assignment"):
-        convention(name)["eps"] = 1.0
+def test_a_change_of_what_was_given_out_changes_no_convention(name):
+    before = dict(convention(name))
+    given = convention(name)
+    given["eps"] = 1.0
+    given.clear()
+    assert convention(name) == before
+    assert before["eps"] != 1.0
+    assert (convention(name) | {"eps": 2.0})["eps"] == 2.0
+
+
+@pytest.mark.parametrize("name", conventions.__all__)
+def test_is_plain_data_that_any_configuration_takes(name):
+    given = convention(name)
+    assert type(given) is dict
+    assert pickle.loads(pickle.dumps(given)) == copy.deepcopy(given) == given
+    assert json.loads(json.dumps(given)) == given
+    file = io.BytesIO()
+    torch.save({"options": given}, file)
+    file.seek(0)
+    assert torch.load(file, weights_only=True) == {"options": given}
+    omegaconf = pytest.importorskip("omegaconf", reason="omegaconf is not installed")
+    config = omegaconf.OmegaConf.create({"options": given})
+    assert omegaconf.OmegaConf.to_container(config)["options"] == given
+
+
+def test_the_module_shows_its_conventions_and_nothing_else():
+    assert dir(conventions) == sorted(conventions.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'LARC'"):
+        conventions.LARC  # noqa: B018
 
 
 @pytest.mark.parametrize("name", conventions.__all__)

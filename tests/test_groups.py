@@ -138,5 +138,54 @@ def test_other_errors_name_what_is_wrong():
         param_groups(nn.LazyLinear(3), 0.0)
     with pytest.raises(ValueError, match="the name 'w' is used for two parameters"):
         param_groups([("w", torch.ones(2)), ("w", torch.ones(3))], 0.0)
-    with pytest.raises(TypeError, match=r"exclude=3 is not allowed; must be a pattern"):
+    with pytest.raises(TypeError, match=r"exclude=3 is not allowed; must be a name pattern"):
         param_groups(Net(), 0.0, exclude=[3])
+
+
+class ScaleNorm2d(nn.Module):
+    """A normalisation layer that torch does not know."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(1, 4, 1, 1))
+
+
+def test_biases_and_normalisation_layers_of_any_number_of_dimensions_are_left_out():
+    net = nn.ModuleDict({
+        "layer": nn.LayerNorm([4, 3, 3]), "rms": nn.RMSNorm([4, 3]), "group": nn.GroupNorm(2, 4),
+        "instance": nn.InstanceNorm2d(4, affine=True), "own": ScaleNorm2d(),
+        "attend": nn.MultiheadAttention(4, 2, add_bias_kv=True), "conv": nn.Conv2d(3, 4, 3),
+        "pre": nn.Sequential(nn.LayerNorm([3, 3]), nn.Linear(3, 3)),
+    })  # fmt: skip
+    net["conv"].relative_position_bias_table = nn.Parameter(torch.ones(9, 2))
+    adapted, left_out = param_groups(net, 1e-4)
+    matrices = ["attend.in_proj_weight", "attend.out_proj.weight", "conv.weight", "pre.1.weight"]
+    assert names(adapted) == matrices
+    assert {"layer.weight", "layer.bias", "rms.weight", "own.gain", "attend.bias_k",
+            "attend.bias_v", "conv.relative_position_bias_table",
+            "pre.0.weight"} <= set(names(left_out))  # fmt: skip
+    # Without the modules the names are all there is to go by.
+    assert "attend.bias_k" in names(param_groups(net.named_parameters(), 1e-4)[1])
+    # Whoever wants tensors of one dimension adapted wants these, too.
+    assert "layer.weight" in names(param_groups(net, 1e-4, exclude_ndim=0)[0])
+
+
+def test_names_that_the_model_does_not_have_are_passed_over_unless_strict():
+    listed = {"head.weight", "pos_embed", "cls_token"}
+    adapted, left_out = param_groups(Net(), 1e-4, exclude=listed)
+    assert names(adapted) == ["conv.weight"]
+    assert "head.weight" in names(left_out)
+    with pytest.raises(ValueError, match=r"exclude='(pos_embed|cls_token)' matches no parameter"):
+        param_groups(Net(), 1e-4, exclude=listed, strict=True)
+    with pytest.raises(ValueError, match=r"exclude='Head\.\*' matches no parameter"):
+        param_groups(Net(), 1e-4, exclude=["head.weight", "Head.*"])
+    with pytest.warns(UserWarning, match="none of the names in exclude is a parameter's"):
+        param_groups(Net(), 1e-4, exclude=["module.head.weight"])
+    with pytest.raises(TypeError, match="strict=1 is not allowed"):
+        param_groups(Net(), 1e-4, strict=1)
+
+
+def test_numbers_of_numpy_are_numbers():
+    numpy = pytest.importorskip("numpy")
+    groups = param_groups(Net(), numpy.float32(0.5), exclude_ndim=numpy.int64(1))
+    assert type(groups[0]["weight_decay"]) is float

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from lars_fused import clip_grad_norm_, launch, multi_tensor_l2norm
+from lars_fused import clip_grad_norm_, multi_tensor_l2norm
+from tests import internals
 from tests.cases import Memory, bits, odd_layouts, regimes, small_row
 
 pytestmark = [
@@ -74,14 +75,13 @@ def test_layouts_and_dtypes_that_the_kernels_do_not_take(row, backend, device):
     expected = truth(tensors)
     torch.testing.assert_close(multi_tensor_l2norm(tensors).cpu(), expected, rtol=1e-6, atol=0)
     if backend == "triton":
-        for i, remedy in ((0, "use a contiguous tensor"), (1, "the kernels take float32")):
+        for i, remedy in ((0, "use a contiguous tensor"), (1, "the kernels support float32")):
             with pytest.raises(RuntimeError, match=rf"tensors\[0\].*cannot read it.*{remedy}"):
                 multi_tensor_l2norm([tensors[i]], backend="triton")
 
 
 def test_one_launch_a_dtype(monkeypatch, row, backend, device):
-    launched, run = [], launch.run
-    monkeypatch.setattr(launch, "run", lambda name, *a: (launched.append(name), run(name, *a)))
+    launched = internals.record_launches(monkeypatch)
     tensors = [torch.ones(row.chunk * 2, dtype=d, device=device) for d in DTYPES[:2] * 3]
     multi_tensor_l2norm(tensors, backend=backend)
     assert launched == (["l2norm"] * 2 if backend == "triton" else [])
@@ -217,9 +217,8 @@ def test_a_result_is_not_overwritten_by_the_next_call(backend, device):
 def test_few_tables_are_kept_and_none_of_a_launch_that_failed(monkeypatch, tier, device):
     if tier != "interpret":
         pytest.skip("breaks a launch half-way, which only the interpreter lets a test do")
-    from lars_fused.kernels import l2norm
-
     from lars_fused import norms
+    from lars_fused.kernels import l2norm
 
     norms._kept.__dict__.clear()
     for n in range(1, 3 * norms._KEPT_LISTS):
@@ -250,8 +249,27 @@ def test_under_capture_the_kernels_are_not_asked(monkeypatch, backend, device):
     """Their tables would need uploads of their own; `gpu/` holds the same with a real capture."""
     tensors = [torch.randn(100, device=device), torch.randn(7, device=device)]
     true = truth(tensors)
-    monkeypatch.setattr(launch, "capturing", lambda device: True)
+    monkeypatch.setattr(internals.launch, "capturing", lambda device: True)
     norms = multi_tensor_l2norm(tensors)
     torch.testing.assert_close(norms.cpu(), true, rtol=1e-6, atol=0)
-    with pytest.raises(RuntimeError, match=r"tensors\[0\].*is being captured.*backend='torch'"):
+    with pytest.raises(RuntimeError, match=r"tensors\[0\].*cannot be captured.*backend='torch'"):
         multi_tensor_l2norm(tensors, backend="triton")
+
+
+@pytest.mark.parametrize("function", [multi_tensor_l2norm, "clip"])
+def test_what_inference_mode_made_serves_later_calls(function, backend, device):
+    """Tables that are kept must be writable outside of inference mode too."""
+
+    def norm(tensors):
+        if function == "clip":
+            params = [torch.nn.Parameter(torch.zeros_like(t)) for t in tensors]
+            for p, t in zip(params, tensors, strict=True):
+                p.grad = t.clone()
+            return clip_grad_norm_(params, 1e9, backend=backend)
+        return function(tensors, per_tensor=False, backend=backend)
+
+    kept = [torch.full((37,), 2.0, device=device), torch.ones(5000, device=device)]
+    with torch.inference_mode():
+        first = float(norm(kept))
+    others = [t.clone() for t in kept]  # the same shapes, other addresses
+    assert float(norm(others)) == first == pytest.approx((37 * 4 + 5000) ** 0.5, rel=1e-6)

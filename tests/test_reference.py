@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lars_fused import LARS, WarmupPolynomialLR, lars_step, portable
+from lars_fused import LARS, WarmupPolynomialLR, lars_step
+from lars_fused._engine import portable
 from lars_fused.reference import Options
 
 pytestmark = pytest.mark.cpu
@@ -256,7 +257,15 @@ def test_algorithm_1_of_the_paper():
         t += 1
 
     ours = [torch.nn.Parameter(x.clone()) for x in layers]
-    optimizer = LARS(ours, gamma_0, m, beta, eta, eps=0.0, backend="torch")
+    optimizer = LARS(
+        ours,
+        gamma_0,
+        momentum=m,
+        weight_decay=beta,
+        trust_coefficient=eta,
+        eps=0.0,
+        backend="torch",
+    )
     schedule = WarmupPolynomialLR(optimizer, total_steps=T, warmup_steps=0, power=2.0)
     for _ in range(T):
         for p, g in zip(ours, gradient([p.detach() for p in ours]), strict=True):

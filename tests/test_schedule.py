@@ -167,3 +167,61 @@ def test_scaled_lr_checks(options, text):
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole text is compared
         scaled_lr(**{"base_lr": 0.1, "batch_size": 256, **options})
     assert str(error.value) == text
+
+
+@pytest.mark.parametrize("warmup", [0, 10])
+@pytest.mark.parametrize("tensor", [False, True], ids=["float", "tensor"])
+def test_resumes_whether_it_was_made_before_or_after_the_optimizer_was_loaded(warmup, tensor):
+    def fresh():
+        return sgd(torch.tensor(8.0, dtype=torch.float64) if tensor else 8.0)
+
+    def scheduled(optimizer):
+        return WarmupPolynomialLR(optimizer, warmup_steps=warmup, total_steps=100)
+
+    first = fresh()
+    scheduler = scheduled(first)
+    advance(first, scheduler, 37)
+    saved = copy.deepcopy((first.state_dict(), scheduler.state_dict()))
+    expected = advance(first, scheduler, 5)
+    for made_first in (True, False):
+        optimizer = fresh()
+        if made_first:
+            resumed = scheduled(optimizer)
+        optimizer.load_state_dict(copy.deepcopy(saved[0]))
+        if not made_first:
+            resumed = scheduled(optimizer)
+        resumed.load_state_dict(saved[1])
+        assert advance(optimizer, resumed, 5) == expected
+
+
+def test_loading_leaves_a_rate_that_another_scheduler_has_set():
+    optimizer = sgd(8.0)
+    ours = WarmupPolynomialLR(optimizer, warmup_steps=2, total_steps=10)
+    saved = ours.state_dict()
+    optimizer.param_groups[0]["lr"] = 3.0
+    ours.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] == 3.0
+
+
+def test_a_group_that_is_added_goes_on_from_its_own_rate():
+    optimizer = sgd(8.0)
+    scheduler = WarmupPolynomialLR(optimizer, warmup_steps=2, total_steps=6)
+    advance(optimizer, scheduler, 3)  # after t = 3 steps: (1 - 1/4)² = 9/16
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))], "lr": 0.9})
+    used = advance(optimizer, scheduler, 4)
+    # γ₀ = 0.9 · 16/9 = 1.6, then 1.6 · (1/2)², 1.6 · (1/4)², 0.
+    assert [row[0] for row in used] == [4.5, 2.0, 0.5, 0.0]
+    assert [row[1] for row in used] == pytest.approx([0.9, 0.4, 0.1, 0.0])
+    assert optimizer.param_groups[1]["initial_lr"] == pytest.approx(1.6)
+
+
+def test_a_group_that_is_added_while_the_rate_is_0_takes_its_own_as_the_base():
+    optimizer = sgd(8.0)
+    scheduler = WarmupPolynomialLR(optimizer, warmup_steps=4, total_steps=8)
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))], "lr": 0.5})
+    other = [torch.nn.Parameter(torch.ones(2))]
+    optimizer.add_param_group({"params": other, "lr": 0.0, "initial_lr": 1.0})
+    assert advance(optimizer, scheduler, 3)[1:] == [[2.0, 0.125, 0.25], [4.0, 0.25, 0.5]]
+    again = WarmupPolynomialLR(optimizer, warmup_steps=4, total_steps=8)
+    again.load_state_dict(scheduler.state_dict())
+    assert advance(optimizer, again, 2) == [[6.0, 0.375, 0.75], [8.0, 0.5, 1.0]]

@@ -6,11 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from lars_fused import LARS, conventions, convert, param_groups
+from lars_fused import LARS, conventions, param_groups
+from lars_fused.checkpoints import convert
 
 pytestmark = pytest.mark.cpu
 
-TEXT = (Path(__file__).parents[2] / "docs" / "implementations.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "docs" / "implementations.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 CALLS = re.findall(r"`(LARS\(.*?\))`", TEXT)
 
 
@@ -25,6 +28,17 @@ def test_the_call_can_be_made(call):
     optimizer = eval(call.replace(r"\|", "|"), names)
     assert optimizer.param_groups[0]["lr"] == 0.5
     assert optimizer.param_groups[0]["weight_decay"] == 0.1
+
+
+@pytest.mark.parametrize("name", conventions.__all__)
+def test_the_readme_has_a_row_for_every_convention(name):
+    (row,) = re.findall(rf"^\| [^|]+ \| `{name}`[^|]*\|(.*)\|$", README, re.MULTILINE)
+    denominator, inside, trust, eps, *_ = (cell.strip() for cell in row.split("|"))
+    convention = getattr(conventions, name)
+    assert denominator == convention["denominator"]
+    assert inside == ("yes" if convention["lr_in_momentum"] else "no")
+    assert float(trust) == convention["trust_coefficient"]
+    assert float(eps.split()[0]) == convention["eps"]
 
 
 def test_every_convention_and_every_source_of_a_checkpoint_is_in_it():

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conformance import originals
-from conformance.trajectory import Run, check
 
 from lars_fused import LARS, conventions
+from tests.conformance import originals
+from tests.conformance.trajectory import Run, check
 
 pytestmark = pytest.mark.cpu
 

@@ -5,7 +5,9 @@ import pickle
 
 import pytest
 import torch
-from contract.tools import (
+
+from tests import internals
+from tests.tools import (
     COMPILED,
     STRONG,
     copies,
@@ -15,8 +17,6 @@ from contract.tools import (
     same_bits,
     twins,
 )
-
-from lars_fused import LARS
 
 pytestmark = COMPILED
 
@@ -52,24 +52,8 @@ def scaler_for(device):
     return scaler
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("bad_steps", [{0}, {0, 1}, {2}, {0, 3}, {1, 2, 3}, {0, 1, 2, 3, 4}])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_row_28_overflowed_steps_leave_no_trace(bad, bad_steps, dtype, any_backend, device):
-    (skipping, a), (clean, b) = twins(SHAPES, device, any_backend, dtype, **OPTIONS)
-    # Whatever a skipped first step allocates must not be read later.
-    for _ in range(8):
-        torch.full((64,), float("nan"), device=device)
-    scaled_run(scaler_for(device), a, skipping, bad_steps, bad)
-    for step in set(range(5)) - bad_steps:
-        for p, g in zip(clean, make_grads(clean, step), strict=True):
-            p.grad = g
-        b.step()
-    assert same_bits(copies(skipping), copies(clean))
-    assert same_bits(momenta_now(a, skipping), momenta(b, clean))
-
-
-def test_row_28_a_scaler_that_is_skipped_then_dropped(backend, device):
+@pytest.mark.row(28)
+def test_a_scaler_that_is_skipped_then_dropped(backend, device):
     (skipping, a), (clean, b) = twins(SHAPES, device, backend, **OPTIONS)
     scaled_run(scaler_for(device), a, skipping, {0}, float("inf"), steps=1)
     assert not hasattr(a, "found_inf") or a.found_inf is None
@@ -81,71 +65,12 @@ def test_row_28_a_scaler_that_is_skipped_then_dropped(backend, device):
     assert same_bits(copies(skipping), copies(clean))
 
 
-def test_row_29_unscale_then_clip(backend, device):
-    (scaled, a), (plain, b) = twins(SHAPES, device, backend, **OPTIONS)
-    scaler = scaler_for(device)
-    for step in range(3):
-        for params in (scaled, plain):
-            for p, g in zip(params, make_grads(params, step), strict=True):
-                p.grad = g * SCALE if params is scaled else g
-        scaler.unscale_(a)
-        for params in (scaled, plain):
-            torch.nn.utils.clip_grad_norm_(params, 0.5)
-        scaler.step(a)
-        scaler.update()
-        b.step()
-    assert same_bits(copies(scaled), copies(plain))
-
-
-def test_row_29_two_optimizers_and_one_scaler(backend, device):
-    first, second = twins(SHAPES, device, backend, **OPTIONS)
-    scaler = scaler_for(device)
-    before = copies(second[0])
-    for params, optimizer in (first, second):
-        for p, g in zip(params, make_grads(params), strict=True):
-            p.grad = g * SCALE
-        if params is second[0]:
-            params[0].grad[0, 0] = float("inf")
-        scaler.step(optimizer)
-    scaler.update()
-    assert same_bits(copies(second[0]), before)
-    (alone, optimizer) = twins(SHAPES, device, backend, **OPTIONS, count=1)[0]
-    for p, g in zip(alone, make_grads(alone), strict=True):
-        p.grad = g
-    optimizer.step()
-    assert same_bits(copies(first[0]), copies(alone))
-
-
-def test_row_29_disabled_scaler(backend, device):
-    (scaled, a), (plain, b) = twins(SHAPES, device, backend, **OPTIONS)
-    scaler = torch.amp.GradScaler(device, enabled=False)
-    for step in range(2):
-        for params in (scaled, plain):
-            for p, g in zip(params, make_grads(params, step), strict=True):
-                p.grad = g
-        scaler.step(a)
-        scaler.update()
-        b.step()
-    assert same_bits(copies(scaled), copies(plain))
-
-
-def test_row_28_gradients_are_unscaled_without_being_written(backend, device):
-    params = make_params(SHAPES, device=device)
-    optimizer, scaler = LARS(params, **OPTIONS, backend=backend), scaler_for(device)
-    for p, g in zip(params, make_grads(params), strict=True):
-        p.grad = g * SCALE
-    grads = [p.grad for p in params]
-    before = copies(grads)
-    scaler.step(optimizer)
-    assert same_bits([p.grad for p in params], before)
-    assert all(p.grad is g for p, g in zip(params, grads, strict=True))
-
-
+@pytest.mark.row(28)
 @pytest.mark.parametrize(
     "then", ["nothing", "deepcopy", "pickle", "a new group", "other gradients"]
 )
 @pytest.mark.parametrize("masters", [False, True])
-def test_row_28_a_first_step_that_only_the_device_knows_was_skipped(
+def test_a_first_step_that_only_the_device_knows_was_skipped(
     then, masters, backend, device, monkeypatch
 ):
     """What the skipped step made must not count as momentum, whatever comes next."""
@@ -153,7 +78,7 @@ def test_row_28_a_first_step_that_only_the_device_knows_was_skipped(
     dtype = torch.bfloat16 if masters else torch.float32
     (skipping, a), (clean, b) = twins(SHAPES, device, backend, dtype, **options)
     # The host does not look at a found_inf that lies on a GPU.
-    monkeypatch.setattr("lars_fused.optimizer._readable", lambda _: False)
+    internals.keep_found_inf_from_the_host(monkeypatch)
     for p, g in zip(skipping, make_grads(skipping), strict=True):
         p.grad = g
     before = copies(skipping)

@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
-from contract.tools import (
+
+from lars_fused import LARS
+from tests.oracle import Truth, assert_true
+from tests.tools import (
     COMPILED,
     STRONG,
-    Truth,
-    assert_true,
     copies,
     make_grads,
     make_params,
@@ -17,8 +18,6 @@ from contract.tools import (
     same_bits,
     set_grads,
 )
-
-from lars_fused import LARS
 
 pytestmark = COMPILED
 
@@ -39,9 +38,10 @@ def scaled(values, size, dtype, device):
     return (values * size).to(device, dtype)
 
 
+@pytest.mark.row(24)
 @pytest.mark.parametrize(("dtype", "w_size", "g_size"), EXTREMES, ids=str)
 @pytest.mark.parametrize("denominator", ["sum", "decayed", "gradient"])
-def test_row_24_finite_input_of_any_size_agrees_with_float64(
+def test_finite_input_of_any_size_agrees_with_float64(
     dtype, w_size, g_size, denominator, backend, device
 ):
     draw = torch.Generator().manual_seed(5)
@@ -62,7 +62,8 @@ def test_row_24_finite_input_of_any_size_agrees_with_float64(
     assert w_norm > 0
 
 
-def test_row_24_one_extreme_chunk_among_ordinary_ones(backend, device, small_chunks):
+@pytest.mark.row(24)
+def test_one_extreme_chunk_among_ordinary_ones(backend, device, small_chunks):
     for size in (1e30, 1e-30):
         p = make_params([(700,)], device=device)[0]
         with torch.no_grad():
@@ -74,11 +75,12 @@ def test_row_24_one_extreme_chunk_among_ordinary_ones(backend, device, small_chu
         assert_true([p], truth)
 
 
+@pytest.mark.row(25)
 @pytest.mark.parametrize("eps", [0.0, 1e-8])
 @pytest.mark.parametrize("zero", ["weights", "gradients", "both"])
 @pytest.mark.parametrize("denominator", ["sum", "decayed", "gradient"])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_row_25_zeros(eps, zero, denominator, decay, backend, device):
+def test_zeros(eps, zero, denominator, decay, backend, device):
     params = make_params([(5,), (3,)], device=device)
     grads = make_grads(params)
     if zero != "gradients":
@@ -102,9 +104,10 @@ def test_row_25_zeros(eps, zero, denominator, decay, backend, device):
     assert_true(params, truth, steps=2)
 
 
+@pytest.mark.row(26, 27)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("of", ["gradient", "weight", "momentum"])
-def test_row_26_27_a_bad_element_stays_in_its_tensor(bad, of, backend, device, small_chunks):
+def test_a_bad_element_stays_in_its_tensor(bad, of, backend, device, small_chunks):
     shapes = [(3, 2), (600,), (4,)]
     spoilt, clean = (make_params(shapes, device=device) for _ in range(2))
     optimizers = [LARS(ps, **STRONG, backend=backend) for ps in (spoilt, clean)]

@@ -1,14 +1,15 @@
 """Many tensors, huge tensors, and what is left in memory afterwards."""
 
-import dataclasses
 import gc
 import weakref
 
 import pytest
 import torch
-from contract.tools import BOTH, STRONG, Truth, assert_true, copies, make_params, run, set_grads
 
-from lars_fused import LARS, launch, tables
+from lars_fused import LARS
+from tests import internals
+from tests.oracle import Truth, assert_true
+from tests.tools import BOTH, STRONG, copies, make_params, run, set_grads
 
 pytestmark = BOTH
 
@@ -16,7 +17,8 @@ pytestmark = BOTH
 # ------------------------------------------------------------------ row 11: many
 
 
-def test_row_11_ten_thousand_tensors(tier, backend, device):
+@pytest.mark.row(11)
+def test_ten_thousand_tensors(tier, backend, device):
     count = 100 if tier == "interpret" else 10_000  # the interpreter takes 10 ms for each
     params = make_params([(i % 5 + 1,) for i in range(count)], device=device)
     truth = Truth(params, **STRONG)
@@ -26,10 +28,11 @@ def test_row_11_ten_thousand_tensors(tier, backend, device):
     truth.step([p.grad for p in params])
     assert_true(params, truth)
     if backend == "triton":
-        assert len(optimizer._last.stepper.parts) == 1  # one launch
+        assert len(internals.launches(optimizer)) == 1  # one launch
 
 
-def test_row_11_four_thousand_groups(tier, backend, device):
+@pytest.mark.row(11)
+def test_four_thousand_groups(tier, backend, device):
     count = 50 if tier == "interpret" else 4097
     params = make_params([(2,)] * count, device=device)
     rates = [0.1 + i / count for i in range(count)]
@@ -52,25 +55,24 @@ def test_row_11_four_thousand_groups(tier, backend, device):
 HUGE = (2**31 - 1, 2**31, 2**31 + 1, 2**32 + 5)
 
 
+@pytest.mark.row(12)
 @pytest.mark.parametrize("numel", HUGE)
-def test_row_12_chunks_of_huge_tensors_lie_where_they_should(numel, tier):
+def test_chunks_of_huge_tensors_lie_where_they_should(numel, tier):
     """The real kernel on single chunks of a tensor whose other chunks do not exist.
 
     The table holds an address so far before a small buffer that the chunk falls into it.
     """
     if tier != "interpret":
         pytest.skip("chooses chunks for the interpreter; test_gpu has the tensors themselves")
-    from lars_fused.plan import BOTH, pack_item
+    from lars_fused.kernels.layout import BOTH, pack_item
     from lars_fused.reference import Options
 
     size, dtype = 1 << 13, torch.bfloat16
     chunks = -(-numel // size)
-    work = tables.Work(
-        torch.device("cpu"), launch.Dtypes(dtype, dtype, torch.float32), [numel], [False], [0],
-        [True], 1,
+    work = internals.lone_tables(
+        torch.device("cpu"), internals.Dtypes(dtype, dtype, torch.float32), numel,
+        Options(lr=0.5, momentum=0.0, adapt=False),
     )  # fmt: skip
-    row, address = tables.group_row(Options(lr=0.5, momentum=0.0, adapt=False), work.device)
-    work.set_groups([row], [address])
     for chunk in (0, 2**31 // size - 1, 2**31 // size, chunks - 1):
         if chunk >= chunks:
             continue
@@ -78,12 +80,9 @@ def test_row_12_chunks_of_huge_tensors_lie_where_they_should(numel, tier):
         count = min(size, numel - first)
         w, g = (torch.full((size + 32,), 3.0, dtype=dtype) for _ in range(2))
         g.fill_(2.0)
-        work.plan = dataclasses.replace(
-            work.plan, items=torch.tensor([pack_item(BOTH, 0, chunk)], dtype=torch.int64)
-        )
-        work.items, work.programs = work.plan.items, 1
-        work.point(*([t.data_ptr() + 16 * 2 - 2 * first] for t in (w, g)), [0], [0])
-        work.step()
+        internals.single_chunk(work, pack_item(BOTH, 0, chunk))
+        internals.point_at(work, *(t.data_ptr() + 16 * 2 - 2 * first for t in (w, g)))
+        internals.run(work)
         assert bool((w[16 : 16 + count] == 2.0).all()), f"chunk {chunk} of {chunks}"
         assert bool((w[:16] == 3.0).all())
         assert bool((w[16 + count :] == 3.0).all())
@@ -109,7 +108,8 @@ def allocations(function):
     return most, held
 
 
-def test_row_60_a_portable_step_takes_less_than_one_percent_of_the_parameters(tier):
+@pytest.mark.row(60)
+def test_a_portable_step_takes_less_than_one_percent_of_the_parameters(tier):
     if tier != "cpu":
         pytest.skip("of the portable path")
     shapes = [(1000, 2048), (2048, 2048), (512, 512, 3, 3), (16_000_000,)]
@@ -124,9 +124,10 @@ def test_row_60_a_portable_step_takes_less_than_one_percent_of_the_parameters(ti
     assert held < 1024
 
 
-def test_row_60_ten_thousand_steps_leave_nothing_behind(tier, backend, device, monkeypatch):
+@pytest.mark.row(60)
+def test_ten_thousand_steps_leave_nothing_behind(tier, backend, device, monkeypatch):
     if tier != "cpu":  # the host side of a launch alone: the interpreter takes 10 ms a step
-        monkeypatch.setattr(launch, "run", lambda *_: None)
+        internals.replace_launch(monkeypatch, lambda *_: None)
     steps = 10_000 if tier == "cpu" else 1000
     params = make_params([(2,), (3,)], device=device)
     optimizer = LARS(params, **STRONG, backend=backend)
@@ -148,10 +149,9 @@ def test_row_60_ten_thousand_steps_leave_nothing_behind(tier, backend, device, m
     assert len(gc.get_objects()) - before < 50
 
 
+@pytest.mark.row(60)
 @pytest.mark.parametrize("use", ["unused", "stepped", "saved and loaded", "failed", "grown"])
-def test_row_60_the_optimizer_and_its_parameters_are_freed_without_the_collector(
-    use, backend, device
-):
+def test_the_optimizer_and_its_parameters_are_freed_without_the_collector(use, backend, device):
     params = make_params([(3,), (4,)], device=device)
     optimizer = LARS(params, **STRONG, backend=backend)
     gc.collect()

@@ -4,7 +4,9 @@ import re
 
 import pytest
 import torch
-from contract.tools import (
+
+from lars_fused import LARS
+from tests.tools import (
     BOTH,
     STRONG,
     copies,
@@ -15,8 +17,6 @@ from contract.tools import (
     same_bits,
     set_grads,
 )
-
-from lars_fused import LARS
 
 pytestmark = BOTH
 
@@ -35,8 +35,9 @@ def refuses(optimizer, params, text, position=1):
     assert {p: set(s) for p, s in optimizer.state.items()} == {p: set(s) for p, s in held.items()}
 
 
+@pytest.mark.row(17)
 @pytest.mark.parametrize("after", [0, 2])
-def test_row_17_sparse_gradients_are_refused(after, backend, device):
+def test_sparse_gradients_are_refused(after, backend, device):
     params = make_params([(3, 2), (4, 3), (2,)], device=device)
     optimizer = LARS(params, **STRONG, backend=backend)
     run(optimizer, params, after)
@@ -59,8 +60,9 @@ def unusual(kind, device):
     return torch.ones(4, 3, device="meta"), "meta device"
 
 
+@pytest.mark.row(16, 17, 18, 20)
 @pytest.mark.parametrize("kind", ["expanded", "overlapping", "complex", "sparse csr", "meta"])
-def test_row_16_17_18_20_parameters_that_cannot_be_updated_are_refused(kind, any_backend, device):
+def test_parameters_that_cannot_be_updated_are_refused(kind, any_backend, device):
     value, text = unusual(kind, device)
     params = make_params([(3, 2), (4, 3)], device=device)
     params[1] = torch.nn.Parameter(value)
@@ -71,8 +73,9 @@ def test_row_16_17_18_20_parameters_that_cannot_be_updated_are_refused(kind, any
     refuses(optimizer, params, text)
 
 
+@pytest.mark.row(19)
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
-def test_row_19_integer_parameters(dtype, any_backend, device):
+def test_integer_parameters(dtype, any_backend, device):
     params = make_params([(3, 2), (4,)], device=device)
     params[1] = torch.zeros(4, dtype=dtype, device=device)
     optimizer = LARS(params, **STRONG, backend=any_backend)
@@ -83,7 +86,8 @@ def test_row_19_integer_parameters(dtype, any_backend, device):
     refuses(optimizer, params, "dtype")
 
 
-def test_row_20_meta_parameters_work_once_they_have_memory(backend, device):
+@pytest.mark.row(20)
+def test_meta_parameters_work_once_they_have_memory(backend, device):
     model = torch.nn.Linear(3, 2, device="meta")
     optimizer = LARS(model.parameters(), **STRONG, backend=backend)
     optimizer.step()
@@ -99,8 +103,9 @@ def test_row_20_meta_parameters_work_once_they_have_memory(backend, device):
     assert same_bits(copies(fresh), copies(other))
 
 
+@pytest.mark.row(21)
 @pytest.mark.parametrize("gradient", [torch.int32, torch.complex64])
-def test_row_21_gradients_of_a_dtype_without_meaning_are_refused(gradient, any_backend, device):
+def test_gradients_of_a_dtype_without_meaning_are_refused(gradient, any_backend, device):
     if not hasattr(torch.Tensor, "grad_dtype"):
         pytest.skip("this torch has no Tensor.grad_dtype")
     params = make_params([(3, 2), (4,)], device=device)
@@ -112,8 +117,9 @@ def test_row_21_gradients_of_a_dtype_without_meaning_are_refused(gradient, any_b
     refuses(optimizer, params, "gradient has dtype")
 
 
+@pytest.mark.row(22)
 @pytest.mark.parametrize("after", [0, 2])
-def test_row_22_gradient_of_another_shape_is_refused(after, backend, device):
+def test_gradient_of_another_shape_is_refused(after, backend, device):
     params = make_params([(3, 2), (4,)], device=device)
     optimizer = LARS(params, **STRONG, backend=backend)
     run(optimizer, params, after)
@@ -122,13 +128,14 @@ def test_row_22_gradient_of_another_shape_is_refused(after, backend, device):
     refuses(optimizer, params, "gradient has shape")
 
 
+@pytest.mark.row(35)
 @pytest.mark.parametrize("key", ["momentum_buffer", "master_param"])
 @pytest.mark.parametrize(
     ("value", "text"),
     [(torch.zeros(5), "has shape"), (torch.zeros(4, dtype=torch.int64), "dtype"), (3.0, "float")],
     ids=["shape", "dtype", "number"],
 )
-def test_row_35_state_that_does_not_fit_is_refused(key, value, text, backend, device):
+def test_state_that_does_not_fit_is_refused(key, value, text, backend, device):
     params = make_params([(3, 2), (4,)], torch.bfloat16, device)
     optimizer = LARS(params, **STRONG, master_weights=True, backend=backend)
     run(optimizer, params, 1)

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from contract.tools import (
+
+from lars_fused import LARS
+from tests.oracle import Truth, assert_true
+from tests.tools import (
     COMPILED,
     DTYPES,
     STRONG,
-    Truth,
-    assert_true,
     copies,
     make_grads,
     make_params,
@@ -17,8 +18,6 @@ from contract.tools import (
     set_grads,
     twins,
 )
-
-from lars_fused import LARS
 
 pytestmark = COMPILED
 
@@ -33,7 +32,8 @@ def step_both(optimizer, params, truth, grads):
 # ------------------------------------------------------------------ row 7: missing gradients
 
 
-def test_row_07_no_gradient_anywhere_changes_nothing(backend, device):
+@pytest.mark.row(7)
+def test_no_gradient_anywhere_changes_nothing(backend, device):
     params = make_params([(3, 2), (4,)], device=device)
     optimizer = LARS(params, **STRONG, backend=backend)
     before = copies(params)
@@ -48,7 +48,8 @@ def test_row_07_no_gradient_anywhere_changes_nothing(backend, device):
     assert same_bits(momenta(optimizer, params), moments)
 
 
-def test_row_07_frozen_late_and_unused_parameters_have_their_own_history(backend, device):
+@pytest.mark.row(7)
+def test_frozen_late_and_unused_parameters_have_their_own_history(backend, device):
     # A dampening makes a second "first step" visible: that one alone is not dampened.
     options = {**STRONG, "dampening": 0.4}
     params = make_params([(3, 2), (4,), (5,), (2,)], device=device)
@@ -66,7 +67,8 @@ def test_row_07_frozen_late_and_unused_parameters_have_their_own_history(backend
     assert_true(params, truth, steps=len(patterns))
 
 
-def test_row_07_more_patterns_of_missing_gradients_than_are_remembered(backend, device):
+@pytest.mark.row(7)
+def test_more_patterns_of_missing_gradients_than_are_remembered(backend, device):
     options = {**STRONG, "dampening": 0.4}
     params = make_params([(3,)] * 4, device=device)
     optimizer, truth = LARS(params, **options, backend=backend), Truth(params, **options)
@@ -79,9 +81,10 @@ def test_row_07_more_patterns_of_missing_gradients_than_are_remembered(backend, 
 # ------------------------------------------------------------------ rows 8 to 10: sizes
 
 
+@pytest.mark.row(8)
 @pytest.mark.parametrize("empty", [(0,), (2, 0, 3)])
 @pytest.mark.parametrize("at", [0, 1, 2])
-def test_row_08_empty_parameters_beside_others(empty, at, backend, device):
+def test_empty_parameters_beside_others(empty, at, backend, device):
     shapes = [(3, 2), (4,)]
     shapes.insert(at, empty)
     params = make_params(shapes, device=device)
@@ -97,7 +100,8 @@ def test_row_08_empty_parameters_beside_others(empty, at, backend, device):
     assert optimizer.layer_stats().keys() == stats.keys()
 
 
-def test_row_08_nothing_but_empty_parameters_and_empty_groups(backend, device):
+@pytest.mark.row(8)
+def test_nothing_but_empty_parameters_and_empty_groups(backend, device):
     only = make_params([(0,), (2, 0)], device=device)
     run(LARS(only, backend=backend), only, 2)
     params = make_params([(0,), (3,)], device=device)
@@ -108,8 +112,9 @@ def test_row_08_nothing_but_empty_parameters_and_empty_groups(backend, device):
     assert_true(params, truth)
 
 
+@pytest.mark.row(9)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_row_09_zero_dimensions_and_one_element(dtype, any_backend, device):
+def test_zero_dimensions_and_one_element(dtype, any_backend, device):
     params = make_params([(), (1,), (1, 1, 1)], dtype, device)
     truth = Truth(params, **STRONG)
     optimizer = LARS(params, **STRONG, backend=any_backend)
@@ -118,7 +123,8 @@ def test_row_09_zero_dimensions_and_one_element(dtype, any_backend, device):
     assert_true(params, truth, steps=2)
 
 
-def test_row_10_sizes_around_powers_of_two_move_every_element(any_backend, device):
+@pytest.mark.row(10)
+def test_sizes_around_powers_of_two_move_every_element(any_backend, device):
     powers = {2**k + d for k in range(14) for d in (-1, 0, 1)} - {0}
     params = [
         torch.nn.Parameter(torch.full((n,), 0.75, dtype=dtype, device=device))
@@ -136,7 +142,8 @@ def test_row_10_sizes_around_powers_of_two_move_every_element(any_backend, devic
     assert_true(params, truth)
 
 
-def test_row_10_sizes_around_chunks_and_blocks(any_backend, device, small_chunks):
+@pytest.mark.row(10)
+def test_sizes_around_chunks_and_blocks(any_backend, device, small_chunks):
     sizes = [127, 128, 129, 255, 256, 257, 385, 511, 512, 513, 1025]
     params = make_params([(n,) for n in sizes], device=device)
     params += make_params([(n,) for n in sizes[3:8]], torch.bfloat16, device)
@@ -151,9 +158,10 @@ def test_row_10_sizes_around_chunks_and_blocks(any_backend, device, small_chunks
 CANARY = 7.25
 
 
+@pytest.mark.row(13)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("offset", [1, 2, 3, 5])
-def test_row_13_misaligned_views_leave_their_surroundings_alone(offset, dtype, backend, device):
+def test_misaligned_views_leave_their_surroundings_alone(offset, dtype, backend, device):
     n = 4097  # one whole block and a tail
     flats, views = [], []
     for seed in (3, 4):
@@ -175,7 +183,8 @@ def test_row_13_misaligned_views_leave_their_surroundings_alone(offset, dtype, b
     assert torch.equal(flats[1], gradient)
 
 
-def test_row_13_slices_of_one_flat_buffer(backend, device):
+@pytest.mark.row(13)
+def test_slices_of_one_flat_buffer(backend, device):
     sizes = [5, 1, 7, 64, 3]
     flat = make_params([(sum(sizes) + 2 * len(sizes),)], device=device)[0].detach()
     params, at, gaps = [], 0, []
@@ -203,9 +212,10 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.row(14)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_row_14_strided_parameters_leave_their_siblings_alone(layout, dtype, any_backend, device):
+def test_strided_parameters_leave_their_siblings_alone(layout, dtype, any_backend, device):
     base = make_params([(4, 6, 5)], dtype, device)[0].detach()
     p = torch.nn.Parameter(LAYOUTS[layout](base))
     mine = torch.zeros(base.shape, dtype=torch.bool, device=device)
@@ -219,8 +229,9 @@ def test_row_14_strided_parameters_leave_their_siblings_alone(layout, dtype, any
     assert not torch.equal(base[mine], before[mine])
 
 
+@pytest.mark.row(14)
 @pytest.mark.parametrize("dims", [4, 5])
-def test_row_14_channels_last(dims, backend, device):
+def test_channels_last(dims, backend, device):
     memory = torch.channels_last if dims == 4 else torch.channels_last_3d
     p = make_params([(3, 4, *[2] * (dims - 2))], device=device)[0]
     p = torch.nn.Parameter(p.detach().to(memory_format=memory))
@@ -238,10 +249,11 @@ def reversed_strides(t):
     )
 
 
+@pytest.mark.row(15)
 @pytest.mark.parametrize("weight", ["contiguous", "reversed"])
 @pytest.mark.parametrize("gradient", ["contiguous", "reversed", "expanded"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_row_15_gradient_strides(weight, gradient, dtype, any_backend, device):
+def test_gradient_strides(weight, gradient, dtype, any_backend, device):
     p = make_params([(3, 4, 2)], dtype, device)[0]
     if weight == "reversed":
         p = torch.nn.Parameter(reversed_strides(p).copy_(p.detach()))
@@ -261,9 +273,10 @@ def test_row_15_gradient_strides(weight, gradient, dtype, any_backend, device):
 # ------------------------------------------------------------------ rows 21 and 23: dtypes
 
 
+@pytest.mark.row(21)
 @pytest.mark.parametrize("weight", DTYPES)
 @pytest.mark.parametrize("gradient", DTYPES)
-def test_row_21_gradient_of_another_dtype_is_widened(weight, gradient, any_backend, device):
+def test_gradient_of_another_dtype_is_widened(weight, gradient, any_backend, device):
     if not hasattr(torch.Tensor, "grad_dtype"):
         pytest.skip("this torch has no Tensor.grad_dtype")
     p = make_params([(3, 5)], weight, device)[0]
@@ -274,7 +287,8 @@ def test_row_21_gradient_of_another_dtype_is_widened(weight, gradient, any_backe
     assert_true([p], truth, steps=2)
 
 
-def test_row_23_mixed_dtypes_equal_separate_optimizers(any_backend, device):
+@pytest.mark.row(23)
+def test_mixed_dtypes_equal_separate_optimizers(any_backend, device):
     shapes = [(3, 2), (5,)]
     apart, together = ([make_params(shapes, d, device) for d in DTYPES] for _ in range(2))
     mixed = LARS([p for ps in together for p in ps], **STRONG, backend=any_backend)
@@ -288,8 +302,9 @@ def test_row_23_mixed_dtypes_equal_separate_optimizers(any_backend, device):
         assert same_bits(copies(ps), copies(qs))
 
 
+@pytest.mark.row(23)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_row_23_momentum_dtype_is_what_was_asked_for(dtype, any_backend, device):
+def test_momentum_dtype_is_what_was_asked_for(dtype, any_backend, device):
     params = make_params([(3, 2), (4,)], torch.bfloat16, device)
     truth = Truth(params, momentum_dtype=dtype, **STRONG)
     optimizer = LARS(params, **STRONG, momentum_dtype=dtype, backend=any_backend)
@@ -301,7 +316,8 @@ def test_row_23_momentum_dtype_is_what_was_asked_for(dtype, any_backend, device)
     assert_true(params, truth, steps=3)
 
 
-def test_row_23_groups_of_one_dtype_with_and_without_momentum(backend, device):
+@pytest.mark.row(23)
+def test_groups_of_one_dtype_with_and_without_momentum(backend, device):
     options = {**STRONG, "dampening": 0.2}
     (a, apart), (b, _) = twins([(3,), (4,)], device, backend, **options)
     groups = [{"params": b[:1], "momentum": 0.0}, {"params": b[1:]}]

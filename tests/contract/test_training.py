@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
-from contract.tools import (
+
+from lars_fused import LARS
+from tests.tools import (
     COMPILED,
     STRONG,
     copies,
@@ -15,8 +17,6 @@ from contract.tools import (
     set_grads,
     twins,
 )
-
-from lars_fused import LARS
 
 pytestmark = COMPILED
 
@@ -30,7 +30,8 @@ def quadratic(params):
 # ------------------------------------------------------------------ row 30: closures
 
 
-def test_row_30_closure_runs_once_with_gradients_and_its_value_comes_back(backend, device):
+@pytest.mark.row(30)
+def test_closure_runs_once_with_gradients_and_its_value_comes_back(backend, device):
     (closed, a), (plain, b) = twins(SHAPES, device, backend, **STRONG)
     set_grads(closed, 9)  # stale gradients, which the closure replaces
     calls = []
@@ -54,7 +55,8 @@ def test_row_30_closure_runs_once_with_gradients_and_its_value_comes_back(backen
     assert a.step(lambda: 3) == 3
 
 
-def test_row_30_an_exception_in_the_closure_changes_nothing(backend, device):
+@pytest.mark.row(30)
+def test_an_exception_in_the_closure_changes_nothing(backend, device):
     params = make_params(SHAPES, device=device)
     optimizer = LARS(params, **STRONG, backend=backend)
     run(optimizer, params, 1)
@@ -69,8 +71,9 @@ def test_row_30_an_exception_in_the_closure_changes_nothing(backend, device):
 # ------------------------------------------------------------------ rows 31 and 32: autograd
 
 
+@pytest.mark.row(31)
 @pytest.mark.parametrize("options", [{}, {"maximize": True}, {"nesterov": True}], ids=str)
-def test_row_31_gradients_are_never_written(options, any_backend, device):
+def test_gradients_are_never_written(options, any_backend, device):
     params = make_params(SHAPES, device=device)
     params += make_params(SHAPES, torch.float64, device) + make_params([(0,)], device=device)
     optimizer = LARS(params, **STRONG, **options, backend=any_backend)
@@ -84,7 +87,8 @@ def test_row_31_gradients_are_never_written(options, any_backend, device):
     assert [g._version for g in grads] == versions
 
 
-def test_row_31_one_gradient_shared_by_two_parameters(backend, device):
+@pytest.mark.row(31)
+def test_one_gradient_shared_by_two_parameters(backend, device):
     (shared, a), (own, b) = twins([(4,), (4,)], device, backend, **STRONG)
     g = torch.arange(1.0, 5.0, device=device)
     for p, q in zip(shared, own, strict=True):
@@ -95,9 +99,10 @@ def test_row_31_one_gradient_shared_by_two_parameters(backend, device):
     assert same_bits(copies(shared), copies(own))
 
 
+@pytest.mark.row(32)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("masters", [False, True])
-def test_row_32_version_counters_rise_and_a_stale_graph_is_refused(dtype, masters, backend, device):
+def test_version_counters_rise_and_a_stale_graph_is_refused(dtype, masters, backend, device):
     params = make_params(SHAPES, dtype, device)
     optimizer = LARS(params, **STRONG, master_weights=masters, backend=backend)
     loss = quadratic(params)
@@ -112,7 +117,8 @@ def test_row_32_version_counters_rise_and_a_stale_graph_is_refused(dtype, master
     del loss
 
 
-def test_row_32_parameters_without_a_gradient_keep_their_version(backend, device):
+@pytest.mark.row(32)
+def test_parameters_without_a_gradient_keep_their_version(backend, device):
     params = make_params(SHAPES, device=device)
     optimizer = LARS(params, **STRONG, backend=backend)
     params[0].grad = torch.ones_like(params[0])
@@ -123,7 +129,8 @@ def test_row_32_parameters_without_a_gradient_keep_their_version(backend, device
 # ------------------------------------------------------------------ row 43: hooks
 
 
-def test_row_43_hooks_run_in_torchs_order_and_can_be_removed(backend, device):
+@pytest.mark.row(43)
+def test_hooks_run_in_torchs_order_and_can_be_removed(backend, device):
     params = make_params(SHAPES, device=device)
     optimizer = LARS(params, **STRONG, backend=backend)
     set_grads(params)
@@ -155,7 +162,8 @@ def test_row_43_hooks_run_in_torchs_order_and_can_be_removed(backend, device):
     assert len(calls) == 4
 
 
-def test_row_43_hooks_edit_gradients_and_arguments(backend, device):
+@pytest.mark.row(43)
+def test_hooks_edit_gradients_and_arguments(backend, device):
     (hooked, a), (plain, b) = twins(SHAPES, device, backend, **STRONG)
 
     def halve(optimizer, args, kwargs):
@@ -173,7 +181,8 @@ def test_row_43_hooks_edit_gradients_and_arguments(backend, device):
     assert same_bits(copies(hooked), copies(plain))
 
 
-def test_row_43_hooks_of_a_copy_are_its_own(backend, device):
+@pytest.mark.row(43)
+def test_hooks_of_a_copy_are_its_own(backend, device):
     params = make_params(SHAPES, device=device)
     optimizer = LARS(params, **STRONG, backend=backend)
     calls = []
@@ -186,7 +195,8 @@ def test_row_43_hooks_of_a_copy_are_its_own(backend, device):
     assert calls == ["copy", "original"]
 
 
-def test_row_43_state_dict_hooks(backend, device):
+@pytest.mark.row(43)
+def test_state_dict_hooks(backend, device):
     params = make_params(SHAPES, device=device)
     optimizer = LARS(params, **STRONG, backend=backend)
     run(optimizer, params, 1)
@@ -218,7 +228,8 @@ def test_row_43_state_dict_hooks(backend, device):
 # ------------------------------------------------------------------ row 53: ways of training
 
 
-def test_row_53_optimizer_in_backward(backend, device):
+@pytest.mark.row(53)
+def test_optimizer_in_backward(backend, device):
     together, apart = (make_params(SHAPES, device=device) for _ in range(2))
     whole = LARS(together, **STRONG, backend=backend)
     single = {p: LARS([p], **STRONG, backend=backend) for p in apart}
@@ -238,7 +249,8 @@ def test_row_53_optimizer_in_backward(backend, device):
     assert same_bits(copies(together), copies(apart))
 
 
-def test_row_53_tied_weights_are_updated_once_a_step(backend, device):
+@pytest.mark.row(53)
+def test_tied_weights_are_updated_once_a_step(backend, device):
     class Tied(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -263,7 +275,8 @@ def test_row_53_tied_weights_are_updated_once_a_step(backend, device):
     assert same_bits(copies(params), copies(alone))
 
 
-def test_row_53_accumulated_and_clipped_gradients(backend, device):
+@pytest.mark.row(53)
+def test_accumulated_and_clipped_gradients(backend, device):
     (accumulated, a), (whole, b) = twins(SHAPES, device, backend, **STRONG)
     for _ in range(2):
         for params, parts in ((accumulated, 2), (whole, 1)):
@@ -279,7 +292,8 @@ def test_row_53_accumulated_and_clipped_gradients(backend, device):
 # ------------------------------------------------------------------ rows 57 and 58: modes
 
 
-def test_row_57_inference_mode_around_a_step(backend, device):
+@pytest.mark.row(57)
+def test_inference_mode_around_a_step(backend, device):
     (inside, a), (outside, b) = twins(SHAPES, device, backend, **STRONG)
     for step in range(4):  # in it, out of it, in it again
         set_grads(inside, step)
@@ -291,7 +305,8 @@ def test_row_57_inference_mode_around_a_step(backend, device):
     quadratic(inside).backward()
 
 
-def test_row_57_parameters_made_in_inference_mode(backend, device):
+@pytest.mark.row(57)
+def test_parameters_made_in_inference_mode(backend, device):
     with torch.inference_mode():
         params = make_params(SHAPES, device=device)
         set_grads(params)
@@ -305,7 +320,8 @@ def test_row_57_parameters_made_in_inference_mode(backend, device):
     assert not same_bits(copies(params), before)
 
 
-def test_row_58_deterministic_algorithms(backend, device):
+@pytest.mark.row(58)
+def test_deterministic_algorithms(backend, device):
     (strict, a), (plain, b) = twins(SHAPES, device, backend, **STRONG)
     torch.use_deterministic_algorithms(True)
     try:
@@ -316,7 +332,8 @@ def test_row_58_deterministic_algorithms(backend, device):
     assert same_bits(copies(strict), copies(plain))
 
 
-def test_row_58_the_order_of_the_parameters_changes_no_bit(backend, device, small_chunks):
+@pytest.mark.row(58)
+def test_the_order_of_the_parameters_changes_no_bit(backend, device, small_chunks):
     shapes = [(3, 2), (600,), (5,), (300,)]
     (forwards, a), (backwards, _) = twins(shapes, device, backend, **STRONG)
     b = LARS(backwards[::-1], **STRONG, backend=backend)
@@ -328,7 +345,8 @@ def test_row_58_the_order_of_the_parameters_changes_no_bit(backend, device, smal
     assert same_bits(copies(forwards), copies(backwards))
 
 
-def test_row_58_block_sizes_change_only_the_rounding(tier, backend, device, monkeypatch):
+@pytest.mark.row(58)
+def test_block_sizes_change_only_the_rounding(tier, backend, device, monkeypatch):
     if tier != "interpret":
         pytest.skip("chooses the interpreter's launch constants")
     from lars_fused.kernels import tuning

@@ -1,5 +1,6 @@
 import pytest
-from ranks import Ranks
+
+from tests.distributed.ranks import Ranks
 
 
 @pytest.fixture(scope="session")

@@ -1,14 +1,14 @@
 """LARS in a script written for DDP: nothing of lars_fused.distributed is needed."""
 
-import networks as nets
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import raised, same_bits
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from lars_fused import LARS, WarmupPolynomialLR
 from lars_fused.distributed import check_same_on_all_ranks
+from tests.distributed import networks as nets
+from tests.distributed.ranks import raised, same_bits
 
 pytestmark = pytest.mark.cpu
 
@@ -190,3 +190,20 @@ def only_one_rank_steps(rank, size):
 
 def test_a_plain_step_waits_for_nobody(ranks):
     ranks.run(only_one_rank_steps, limit=10)
+
+
+def running_on(backend):
+    """A class of optimizers that say so, as after a fallback on one rank."""
+    return type("Told", (LARS,), {"backend": property(lambda _: backend)})
+
+
+def another_backend(rank, size, backend):
+    kind = running_on("torch" if rank == 1 else "triton")
+    optimizer = kind([torch.nn.Parameter(torch.ones(2, 3))])
+    error = raised(RuntimeError, lambda: check_same_on_all_ranks(optimizer))
+    assert "backend 'triton'" in error, error
+    assert "backend 'torch'" in error, error
+
+
+def test_what_runs_is_compared(two):
+    two.run(another_backend, "torch")

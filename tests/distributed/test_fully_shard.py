@@ -1,12 +1,12 @@
 """LARS under FSDP2: norms of whole layers, one all-reduce a step, nothing gathered."""
 
-import networks as nets
 import pytest
 import torch
-from counting import counted
-from ranks import raised, same_bits
 
-from lars_fused import LARS, conventions
+from lars_fused import LARS, conventions, param_groups
+from tests.distributed import networks as nets
+from tests.distributed.counting import counted
+from tests.distributed.ranks import raised, same_bits
 
 pytestmark = pytest.mark.cpu
 
@@ -63,6 +63,7 @@ def fsdp(rank, size, backend, names, steps, replicas=1):
                     assert value == pytest.approx(want, rel=1e-5), (name, layer, key, value, want)
 
 
+@pytest.mark.row(51)
 def test_fully_sharded_equals_unsharded(ranks, backend):
     ranks.run(fsdp, backend, CONVENTIONS, 5)
 
@@ -152,7 +153,39 @@ def flat(rank, size):
     return texts
 
 
+@pytest.mark.row(52)
 @pytest.mark.filterwarnings("ignore")
 def test_flat_parameters_are_refused(two):
     for text in two.run(flat)[0]:
         assert "fully_shard" in text
+
+
+def groups_before_sharding(rank, size, backend):
+    """The groups follow the model to its sharded parameters; an optimizer made too early raises."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (size,))
+    found = []
+    for before in (True, False):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+        groups = param_groups(model, 0.1) if before else None
+        early = LARS(param_groups(model, 0.1), backend=backend)
+        fully_shard(model, mesh=mesh)
+        optimizer = LARS(groups or param_groups(model, 0.1), 2.0, backend=backend)
+        start = model[0].weight.full_tensor().clone()
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(torch.ones(3, 4)).square().sum().backward()
+            optimizer.step()
+        error = raised(RuntimeError, early.step)
+        assert "'0.weight'" in error, error
+        assert "holds another DTensor under this name" in error, error
+        found.append([p.full_tensor().detach() for p in model.parameters()])
+        assert not torch.equal(found[-1][0], start)
+    assert all(map(torch.equal, *found))
+
+
+def test_groups_made_before_sharding_follow_the_model(two):
+    two.run(groups_before_sharding, "torch")

@@ -1,14 +1,15 @@
 """What only a GPU shows: updates on side streams, all-reduces of device memory, no waiting."""
 
-import networks as nets
 import pytest
 import torch
-from ranks import Ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from lars_fused import LARS
 from lars_fused.distributed import NoiseScale, overlap_with_backward
+from tests import internals
+from tests.distributed import networks as nets
+from tests.distributed.ranks import Ranks
 
 pytestmark = pytest.mark.gpu
 
@@ -42,7 +43,7 @@ def beside_plain_steps(rank, size, fold):
             optimizer.zero_grad()
         assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))
     assert optimizers[0].layer_stats() == optimizers[1].layer_stats()
-    assert len(optimizers[1]._recent) > 1
+    assert internals.remembered_steps(optimizers[1]) > 1
 
 
 @pytest.mark.parametrize("fold", [False, True])

@@ -2,12 +2,12 @@
 
 import math
 
-import networks as nets
 import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from lars_fused.distributed import NoiseScale, overlap_with_backward
+from tests.distributed import networks as nets
 
 pytestmark = pytest.mark.cpu
 

@@ -2,14 +2,15 @@
 
 from functools import partial
 
-import networks as nets
 import pytest
 import torch
-from ranks import raised, same_bits
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from lars_fused import LARS, WarmupPolynomialLR, clip_grad_norm_
 from lars_fused.distributed import overlap_with_backward
+from tests import internals
+from tests.distributed import networks as nets
+from tests.distributed.ranks import raised, same_bits
 
 pytestmark = pytest.mark.cpu
 
@@ -57,7 +58,7 @@ def beside_plain_steps(rank, size, backend, variant, steps):
             optimizer.zero_grad()
     assert optimizers[0].layer_stats() == optimizers[1].layer_stats()
     assert same_bits(models[1].parameters())
-    return len(optimizers[1]._recent)
+    return internals.remembered_steps(optimizers[1])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -178,8 +179,8 @@ def test_refuses_what_cannot_be_overlapped(two):
         "must be a DistributedDataParallel",
         "must be a LARS",
         "find_unused_parameters=True",
-        "param_groups[0]['params'][8] (shape (3,)) is no parameter of ddp_model",
-        "overlapped already",
+        "param_groups[0]['params'][8] (shape (3,)) is not a parameter of ddp_model",
+        "already overlapped",
         "inside join()",
     ]
     for text, part in zip(two.run(refused_at_once)[0], expected, strict=True):

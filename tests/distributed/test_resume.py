@@ -6,7 +6,6 @@ import os
 import signal
 import time
 
-import networks as nets
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from lars_fused import WarmupPolynomialLR
+from tests.distributed import networks as nets
 
 pytestmark = pytest.mark.cpu
 

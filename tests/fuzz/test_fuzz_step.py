@@ -7,7 +7,9 @@ import copy
 
 import pytest
 import torch
-from contract.tools import DTYPES, Truth, assert_true, copies, make_grads, make_params, same_bits
+
+from tests.oracle import Truth, assert_true
+from tests.tools import DTYPES, copies, make_grads, make_params, same_bits
 
 hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given, settings  # noqa: E402
@@ -105,7 +107,7 @@ def train(params, optimizer, tensors, groups, steps):
         if before == "resume":
             saved = copy.deepcopy(optimizer.state_dict())
             blank = [{"params": g["params"]} for g in optimizer.param_groups]
-            optimizer = LARS(blank, backend=optimizer.defaults["backend"])
+            optimizer = LARS(blank, backend=optimizer._engine.settings.backend)
             optimizer.load_state_dict(saved)
         elif before == "deepcopy":
             params, optimizer = copy.deepcopy((params, optimizer))

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from contract.tools import (
+
+from lars_fused import LARS
+from tests.oracle import Truth, assert_true
+from tests.tools import (
     STRONG,
-    Truth,
-    assert_true,
     copies,
     make_grads,
     make_params,
@@ -15,8 +16,6 @@ from contract.tools import (
     twins,
 )
 
-from lars_fused import LARS
-
 pytestmark = pytest.mark.gpu
 
 SHAPES = [(3, 4), (5,), (20_000,)]
@@ -25,10 +24,11 @@ several_gpus = pytest.mark.skipif(
 )
 
 
+@pytest.mark.row(22)
 @several_gpus
 @pytest.mark.parametrize("current", [0, 1])
 @pytest.mark.parametrize("of", [0, 1])
-def test_row_22_current_device_times_tensor_device(current, of):
+def test_current_device_times_tensor_device(current, of):
     params = make_params(SHAPES, device=f"cuda:{of}")
     truth, optimizer = Truth(params, **STRONG), LARS(params, **STRONG, backend="triton")
     with torch.cuda.device(current):
@@ -42,8 +42,9 @@ def test_row_22_current_device_times_tensor_device(current, of):
     assert_true(params, truth, steps=2)
 
 
+@pytest.mark.row(22)
 @several_gpus
-def test_row_22_parameters_on_two_gpus_and_the_cpu_in_one_optimizer():
+def test_parameters_on_two_gpus_and_the_cpu_in_one_optimizer():
     places = ["cuda:0", "cuda:1", "cpu"]
     params = [p for where in places for p in make_params(SHAPES[:2], device=where)]
     truth, optimizer = Truth(params, **STRONG), LARS(params, **STRONG)
@@ -54,7 +55,8 @@ def test_row_22_parameters_on_two_gpus_and_the_cpu_in_one_optimizer():
     assert_true(params, truth, steps=2)
 
 
-def test_row_22_a_gpu_and_the_cpu_in_one_optimizer():
+@pytest.mark.row(22)
+def test_a_gpu_and_the_cpu_in_one_optimizer():
     params = [p for where in ("cuda", "cpu") for p in make_params(SHAPES[:2], device=where)]
     truth, optimizer = Truth(params, **STRONG), LARS(params, **STRONG)
     assert optimizer.backend == "triton+torch"
@@ -65,7 +67,8 @@ def test_row_22_a_gpu_and_the_cpu_in_one_optimizer():
     assert_true(params, truth, steps=2)
 
 
-def test_row_22_gradient_on_another_device_is_refused():
+@pytest.mark.row(22)
+def test_gradient_on_another_device_is_refused():
     params = make_params(SHAPES[:2], device="cuda")
     optimizer = LARS(params, **STRONG)
     run(optimizer, params, 1)
@@ -77,10 +80,11 @@ def test_row_22_gradient_on_another_device_is_refused():
     assert same_bits(copies(params), before)
 
 
+@pytest.mark.row(4)
 @pytest.mark.parametrize("shape", [(), (1,)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("where", ["cpu", "cuda"])
-def test_row_04_lr_tensor_on_either_device(shape, dtype, where):
+def test_lr_tensor_on_either_device(shape, dtype, where):
     (a, tensor), (b, number) = twins(SHAPES, "cuda", "triton", **STRONG)
     tensor.param_groups[0]["lr"] = torch.full(shape, 0.5, dtype=dtype, device=where)
     for rate in (0.5, 0.25, 0.0):
@@ -91,9 +95,10 @@ def test_row_04_lr_tensor_on_either_device(shape, dtype, where):
     assert same_bits(copies(a), copies(b))
 
 
+@pytest.mark.row(34)
 @pytest.mark.parametrize(("start", "end"), [("cpu", "cuda"), ("cuda", "cpu")])
 @pytest.mark.parametrize("masters", [False, True])
-def test_row_34_a_model_moved_with_its_state(start, end, masters):
+def test_a_model_moved_with_its_state(start, end, masters):
     dtype = torch.bfloat16 if masters else torch.float32
     options = {**STRONG, "master_weights": masters}
     model = torch.nn.Linear(4, 3).to(start, dtype)
@@ -115,7 +120,8 @@ def test_row_34_a_model_moved_with_its_state(start, end, masters):
     assert all(v.device.type == end for s in optimizer.state.values() for v in s.values())
 
 
-def test_row_35_state_on_the_cpu_for_a_gpu_parameter_is_moved():
+@pytest.mark.row(35)
+def test_state_on_the_cpu_for_a_gpu_parameter_is_moved():
     (a, moved), (b, kept) = twins(SHAPES, "cuda", "triton", **STRONG)
     run(moved, a, 1)
     run(kept, b, 1)
@@ -126,7 +132,8 @@ def test_row_35_state_on_the_cpu_for_a_gpu_parameter_is_moved():
     assert same_bits(copies(a), copies(b))
 
 
-def test_row_35_checkpoint_from_the_cpu():
+@pytest.mark.row(35)
+def test_checkpoint_from_the_cpu():
     (a, gpu), (b, kept) = twins(SHAPES, "cuda", "triton", **STRONG)
     run(gpu, a, 2)
     run(kept, b, 2)

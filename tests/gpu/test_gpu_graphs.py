@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from contract.tools import STRONG, copies, make_grads, make_params, same_bits, twins
 
 from lars_fused import LARS
+from tests.tools import STRONG, copies, make_grads, make_params, same_bits, twins
 
 pytestmark = pytest.mark.gpu
 
@@ -35,7 +35,8 @@ def captured(optimizer, params):
     return graph
 
 
-def test_row_48_replays_equal_steps_and_see_gradients_and_rate():
+@pytest.mark.row(48)
+def test_replays_equal_steps_and_see_gradients_and_rate():
     (a, graphed), (b, stepped) = twins(SHAPES, "cuda", "triton", **CAPTURABLE)
     rate = torch.tensor(0.5, device="cuda")
     graphed.param_groups[0]["lr"] = rate
@@ -55,7 +56,8 @@ def test_row_48_replays_equal_steps_and_see_gradients_and_rate():
         assert same_bits(copies(a), copies(b)), f"after replay {step}"
 
 
-def test_row_48_new_tensors_and_steps_between_replays():
+@pytest.mark.row(48)
+def test_new_tensors_and_steps_between_replays():
     (a, graphed), (b, stepped) = twins(SHAPES, "cuda", "triton", **CAPTURABLE)
     fixed_gradients(a)
     fixed_gradients(b)
@@ -81,7 +83,8 @@ def test_row_48_new_tensors_and_steps_between_replays():
     assert same_bits(copies(a), copies(b))
 
 
-def test_row_48_37_a_capture_survives_a_rebuild_of_the_optimizer():
+@pytest.mark.row(48, 37)
+def test_a_capture_survives_a_rebuild_of_the_optimizer():
     """A group added and a state loaded later: the graph keeps the tables it was captured with."""
     (a, graphed), (b, stepped) = twins(SHAPES, "cuda", "triton", **CAPTURABLE)
     fixed_gradients(a)
@@ -104,7 +107,8 @@ def test_row_48_37_a_capture_survives_a_rebuild_of_the_optimizer():
     del junk
 
 
-def test_row_48_capture_without_capturable_is_refused():
+@pytest.mark.row(48)
+def test_capture_without_capturable_is_refused():
     params = make_params(SHAPES, device="cuda")
     optimizer = LARS(params, **STRONG, backend="triton")
     fixed_gradients(params)
@@ -120,7 +124,8 @@ def test_row_48_capture_without_capturable_is_refused():
     optimizer.step()
 
 
-def test_row_48_capture_without_a_warm_up_is_refused():
+@pytest.mark.row(48)
+def test_capture_without_a_warm_up_is_refused():
     params = make_params(SHAPES, device="cuda")
     optimizer = LARS(params, **CAPTURABLE, backend="triton")
     fixed_gradients(params)
@@ -130,7 +135,8 @@ def test_row_48_capture_without_a_warm_up_is_refused():
     optimizer.step()
 
 
-def test_row_48_two_captures_need_a_step_between_them():
+@pytest.mark.row(48)
+def test_two_captures_need_a_step_between_them():
     (a, graphed), (b, stepped) = twins(SHAPES, "cuda", "triton", **CAPTURABLE)
     fixed_gradients(a)
     fixed_gradients(b)
@@ -154,7 +160,8 @@ def test_row_48_two_captures_need_a_step_between_them():
     torch.cuda.synchronize()
 
 
-def test_row_28_48_overflow_in_a_replay_changes_nothing():
+@pytest.mark.row(28, 48)
+def test_overflow_in_a_replay_changes_nothing():
     params = make_params(SHAPES, device="cuda")
     optimizer = LARS(params, **CAPTURABLE, backend="triton")
     fixed_gradients(params)

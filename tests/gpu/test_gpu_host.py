@@ -4,9 +4,18 @@ import gc
 
 import pytest
 import torch
-from contract.tools import STRONG, copies, make_params, run, same_bits, set_grads, twins
 
-from lars_fused import LARS, clip_grad_norm_, launch
+from lars_fused import LARS, clip_grad_norm_
+from tests import internals
+from tests.tools import (
+    STRONG,
+    copies,
+    make_params,
+    run,
+    same_bits,
+    set_grads,
+    twins,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -75,7 +84,7 @@ def test_no_step_compiles_again():
     """New rates, decays, sizes, alignments and counts of tensors: one binary for each dtype."""
     ((warm, optimizer),) = twins(SHAPES, "cuda", "triton", count=1, **STRONG)
     run(optimizer, warm, 1)
-    compiled = set(launch._COMPILED)
+    compiled = internals.compiled_kernels()
     caches = [len(c) for c in device_caches()]
     for count in (1, 2, 16, 17):
         flat = torch.zeros(count * 1000 + 64, device="cuda")
@@ -88,27 +97,29 @@ def test_no_step_compiles_again():
             other.param_groups[0].update(lr=1.0 + step, momentum=0.1 * step, nesterov=step == 2)
             set_grads(params, step)
             other.step()
-    assert set(launch._COMPILED) == compiled
+    assert internals.compiled_kernels() == compiled
     assert [len(c) for c in device_caches()] == caches
 
 
 def device_caches():
     """Triton's own caches of compiled variants, where this version has them in this form."""
-    kernels = launch.kernels()
+    kernels = internals.kernels()
     jitted = (kernels.lars_step.lars_step, kernels.l2norm.l2norm, kernels.lars_update.lars_update)
     entries = [e for k in jitted for e in getattr(k, "device_caches", {}).values()]
     return [e[0] if isinstance(e, tuple) else e for e in entries]
 
 
+@pytest.mark.row(58)
 @pytest.mark.parametrize("repeat", range(3))
-def test_row_58_two_runs_give_the_same_bits(repeat):
+def test_two_runs_give_the_same_bits(repeat):
     (a, first), (b, second) = twins([*SHAPES, (1_000_003,)], "cuda", "triton", **STRONG)
     run(first, a, 5)
     run(second, b, 5)
     assert same_bits(copies(a), copies(b))
 
 
-def test_row_60_memory_of_a_step_and_of_a_thousand():
+@pytest.mark.row(60)
+def test_memory_of_a_step_and_of_a_thousand():
     params = make_params([(2048, 2048), (1000, 2048), (512, 512, 3, 3)], device="cuda")
     optimizer = LARS(params, **STRONG, backend="triton")
     for p in params:
@@ -127,7 +138,8 @@ def test_row_60_memory_of_a_step_and_of_a_thousand():
     assert torch.cuda.memory_allocated() == held
 
 
-def test_row_60_the_tables_are_freed_with_the_optimizer():
+@pytest.mark.row(60)
+def test_the_tables_are_freed_with_the_optimizer():
     params = make_params(SHAPES, device="cuda")
     set_grads(params)
     gc.collect()
@@ -144,7 +156,8 @@ def test_row_60_the_tables_are_freed_with_the_optimizer():
         gc.enable()
 
 
-def test_row_11_a_hundred_thousand_tensors_in_one_launch():
+@pytest.mark.row(11)
+def test_a_hundred_thousand_tensors_in_one_launch():
     flat = torch.zeros(400_000, device="cuda")
     params = [torch.nn.Parameter(flat[4 * i : 4 * i + 3]) for i in range(100_000)]
     gradient = torch.ones(3, device="cuda")
@@ -152,14 +165,15 @@ def test_row_11_a_hundred_thousand_tensors_in_one_launch():
         p.grad = gradient
     optimizer = LARS(params, lr=0.5, momentum=0.0, adapt=False, backend="triton")
     optimizer.step()
-    assert len(optimizer._last.stepper.parts) == 1
+    assert len(internals.launches(optimizer)) == 1
     table = flat.view(-1, 4)
     assert bool((table[:, :3] == -0.5).all())
     assert bool((table[:, 3] == 0).all())
 
 
+@pytest.mark.row(12)
 @pytest.mark.parametrize("numel", [2**31 - 1, 2**31, 2**31 + 1, 2**32 + 5])
-def test_row_12_huge_tensors(numel):
+def test_huge_tensors(numel):
     """Ends, middle and every multiple of 2^31 of one tensor of bf16."""
     if torch.cuda.mem_get_info()[0] < 6 * numel + (4 << 30):
         pytest.skip("needs free GPU memory of 6 bytes an element")
@@ -176,7 +190,8 @@ def test_row_12_huge_tensors(numel):
         assert bool((w[first : first + (1 << 28)] == 1.5).all()), f"from element {first}"
 
 
-def test_row_12_many_tensors_of_more_than_2_to_31_elements_together():
+@pytest.mark.row(12)
+def test_many_tensors_of_more_than_2_to_31_elements_together():
     count, each = 5, 2**29
     if torch.cuda.mem_get_info()[0] < 6 * count * each:
         pytest.skip("needs free GPU memory of 6 bytes an element")

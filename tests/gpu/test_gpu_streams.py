@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from contract.tools import STRONG, Truth, assert_true, copies, make_grads, make_params, same_bits
 
 from lars_fused import LARS
+from tests.oracle import Truth, assert_true
+from tests.tools import STRONG, copies, make_grads, make_params, same_bits
 
 pytestmark = pytest.mark.gpu
 
@@ -12,7 +13,8 @@ SHAPES = [(300, 40), (5,), (20_000,)]
 SLEEP = 20_000_000  # clock cycles: some 10 ms
 
 
-def test_row_47_gate_the_step_runs_on_the_current_stream():
+@pytest.mark.row(47)
+def test_gate_the_step_runs_on_the_current_stream():
     """Behind a blocked stream the gradient is written late: another stream would read it stale."""
     params = make_params(SHAPES, device="cuda")
     optimizer, truth = LARS(params, **STRONG, backend="triton"), Truth(params, **STRONG)
@@ -38,7 +40,8 @@ def test_row_47_gate_the_step_runs_on_the_current_stream():
     assert_true(params, truth, steps=20)
 
 
-def test_row_47_steps_on_changing_streams_are_ordered():
+@pytest.mark.row(47)
+def test_steps_on_changing_streams_are_ordered():
     params = make_params(SHAPES, device="cuda")
     optimizer, truth = LARS(params, **STRONG, backend="triton"), Truth(params, **STRONG)
     streams = [torch.cuda.Stream() for _ in range(2)]
@@ -63,7 +66,8 @@ def test_row_47_steps_on_changing_streams_are_ordered():
     assert_true(params, truth, steps=100)
 
 
-def test_row_47_freed_temporaries_are_not_read():
+@pytest.mark.row(47)
+def test_freed_temporaries_are_not_read():
     """A gradient that is freed right after step() may be allocated again at once."""
     params = make_params(SHAPES, device="cuda")
     optimizer, truth = LARS(params, **STRONG, backend="triton"), Truth(params, **STRONG)
@@ -79,7 +83,8 @@ def test_row_47_freed_temporaries_are_not_read():
     assert_true(params, truth, steps=100)
 
 
-def test_row_49_a_thousand_steps_without_a_synchronisation():
+@pytest.mark.row(49)
+def test_a_thousand_steps_without_a_synchronisation():
     """The host runs far ahead: tables are overwritten while earlier copies are in flight."""
     params = make_params([(7,), (5,), (11_000,)], device="cuda")
     others = [torch.nn.Parameter(p.detach().clone()) for p in params]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -14,19 +15,36 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
-from lars_fused import launch
+from lars_fused._engine import launch
 from tests.ptx import machine
 
 MULTIPROCESSORS, L2_BYTES = 2, 1 << 18
 _parsed: dict[str, machine.Kernel] = {}
 
 
-def live_buffers(arguments: Iterable[Any]) -> list[tuple[int, int]]:
-    """Address and size of the storage of every CPU tensor since `gc.freeze`, and of arguments."""
-    found = [o for o in (*gc.get_objects(), *arguments) if issubclass(type(o), torch.Tensor)]
-    tensors = [t for t in found if t.device.type == "cpu" and t.layout == torch.strided]
-    storages = [t.untyped_storage() for t in tensors]
-    return [(s.data_ptr(), s.nbytes()) for s in storages]
+class LiveTensors:
+    """Every tensor made since this began, found among the objects that the collector knows.
+
+    What was looked at once is frozen, out of the collector's sight, so that each call looks only at
+    objects that are new; the tensors among the frozen ones are remembered, weakly.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[int, weakref.ref[torch.Tensor]] = {}
+        gc.freeze()
+
+    def buffers(self, arguments: Iterable[Any]) -> list[tuple[int, int]]:
+        """Address and size of the storage of each that is alive and on the CPU."""
+        found = [o for o in (*gc.get_objects(), *arguments) if issubclass(type(o), torch.Tensor)]
+        gc.freeze()
+        self._seen |= {id(t): weakref.ref(t) for t in found}
+        alive = {key: t for key, known in self._seen.items() if (t := known()) is not None}
+        self._seen = {key: self._seen[key] for key in alive}
+        tensors = [
+            t for t in alive.values() if t.device.type == "cpu" and t.layout == torch.strided
+        ]
+        storages = [t.untyped_storage() for t in tensors]
+        return [(s.data_ptr(), s.nbytes()) for s in storages]
 
 
 class Driver(DriverBase):
@@ -41,6 +59,7 @@ class Driver(DriverBase):
         self.launches: list[str] = []
         self.compiled: list[str] = []
         self.schedule: dict[str, Any] = {}
+        self._tensors = LiveTensors()
         self._loading: dict[str, str] = {}
 
     @classmethod
@@ -90,7 +109,7 @@ class Driver(DriverBase):
             given = [a for a, kind in zip(args, kinds, strict=True) if kind != "constexpr"]
             values = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in given]
             scratch = [0] * (len(kernel.parameters) - len(values))
-            memory = machine.Memory(live_buffers(given))
+            memory = machine.Memory(self._tensors.buffers(given))
             self.launches.append(kernel.name)
             machine.launch(kernel, x, [*values, *scratch], memory, shared, **self.schedule)
 
@@ -110,7 +129,6 @@ def pretended_gpu(capability: int = 90) -> Iterator[Driver]:
         return f"sm_{capability}", MULTIPROCESSORS, L2_BYTES
 
     triton.runtime.driver.set_active(driver)
-    gc.freeze()  # the hundreds of thousands of objects that are no tensors of a test
     try:
         with (
             mock.patch.object(launch, "why_not", return_value=None),

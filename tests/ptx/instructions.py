@@ -62,7 +62,10 @@ def put(cta: Any, name: str, group: slice, mask: Array, value: Array) -> None:
     value = np.asarray(value)
     if value.dtype != target.dtype:
         value = value.view(target.dtype) if value.ndim else np.array([value]).view(target.dtype)[0]
-    np.copyto(target, value, where=True if mask is None else mask)
+    if mask is None:
+        target[...] = value
+    else:
+        np.copyto(target, value, where=mask)
 
 
 # ------------------------------------------------------------------------------- arithmetic
@@ -333,11 +336,25 @@ def _shuffle(mode: str, args: list[str]) -> Effect:
     return effect
 
 
+def _redux(args: list[str]) -> Effect:
+    """redux.sync.add: every thread of a warp gets the sum over the warp."""
+    read = reader(args[1], TYPES["u32"])
+
+    def effect(cta: Any, group: slice, mask: Array) -> None:
+        if mask is not None and not mask.all():
+            raise RuntimeError("a reduction without all threads of its warp")
+        with np.errstate(over="ignore"):
+            total = read(cta, group).reshape(-1, 32).sum(1, dtype="u4")
+        put(cta, args[0], group, mask, np.repeat(total, 32))
+
+    return effect
+
+
 def compile_instruction(opcode: str, text: str) -> Effect | None:
     """The effect of one instruction; None for what only concerns caches."""
     name, *parts = opcode.split(".")
     args = operands(text)
-    if name in ("createpolicy", "prefetch"):
+    if name in ("createpolicy", "prefetch", "nanosleep"):
         return None
     kept = [p for p in parts if p not in _NEUTRAL]
     if name in ("ld", "st", "atom", "cvt", "setp"):
@@ -345,6 +362,8 @@ def compile_instruction(opcode: str, text: str) -> Effect | None:
         return makers[name](parts, args)
     if name == "shfl" and kept[0] == "sync" and kept[1] in ("bfly", "idx"):
         return _shuffle(kept[1], args)
+    if opcode == "redux.sync.add.s32":
+        return _redux(args)
     if opcode == "shf.l.wrap.b32":
         return _funnel(args)
     if kept == ["f32x2"]:

@@ -54,6 +54,11 @@ class Memory:
         if (addresses % size).any():
             first = addresses[addresses % size != 0][0]
             raise Fault(f"an access of {size} bytes at {first:#x} is misaligned")
+        if len(at) and (at == at[0]).all():  # nearly always
+            first = at[0]
+            offsets = (addresses - self.starts[first])[:, None] + np.arange(size)
+            yield self._views[first], slice(None), offsets
+            return
         for buffer in np.unique(at):
             which = at == buffer
             offsets = (addresses[which] - self.starts[buffer])[:, None] + np.arange(size)
@@ -93,8 +98,8 @@ class Kernel:
         types = re.findall(r"\.param \.(\w+).*_param_\d+", text)
         self.parameters = [np.dtype(f"u{int(t[1:]) // 8}") for t in types]
         self.registers = {
-            prefix: _WIDTHS[width]
-            for width, prefix in re.findall(r"\.reg \.(\w+)\s+%([a-z]+)<\d+>", text)
+            prefix: (_WIDTHS[width], int(count))
+            for width, prefix, count in re.findall(r"\.reg \.(\w+)\s+%([a-z]+)<(\d+)>", text)
         }
         self.blocks, self.labels = [Block()], dict[str, int]()
         for line in text[text.index("{") :].splitlines():
@@ -134,6 +139,7 @@ class Program:
         self.kernel, self.number, self.grid = kernel, number, grid
         self.parameters, self._global = parameters, memory
         self._registers: dict[str, Any] = {}
+        self._files: dict[str, Any] = {}
         self._bytes = np.full(shared + 32, 0xFF, np.uint8)  # NaN where nothing was written
         start = self._bytes.ctypes.data
         self._shared = Memory([(start + -start % 16, max(shared, 1))])
@@ -146,11 +152,15 @@ class Program:
     # What instructions ask for.
 
     def register(self, name: str) -> Any:
-        if name not in self._registers:
-            dtype = self.kernel.registers[re.match(r"%([a-z]+)", name)[1]]
-            # Not zero: a value that nothing wrote shows.
-            self._registers[name] = np.full(self.kernel.threads, 0xA5).astype(dtype)
-        return self._registers[name]
+        found = self._registers.get(name)
+        if found is None:
+            prefix, number = re.match(r"%([a-z]+)(\d+)", name).groups()
+            if prefix not in self._files:
+                dtype, count = self.kernel.registers[prefix]
+                # Not zero: a value that nothing wrote shows.
+                self._files[prefix] = np.full((count, self.kernel.threads), 0xA5).astype(dtype)
+            found = self._registers[name] = self._files[prefix][int(number)]
+        return found
 
     def special(self, name: str, group: slice) -> Any:
         if name == "%tid.x":

@@ -1,0 +1,198 @@
+"""The traffic model against cases worked by hand, and the predictions that were promised."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+import torch
+
+from bench.cache_model import GPUS, Cache, Gpu
+from bench.launch_model import BEFORE, NOW, simulate
+from bench.models import MODELS
+from bench.traffic import Choice, main, planned, predict, quality
+from lars_fused._engine.plan import Plan, make_plan
+from lars_fused.kernels.layout import BOTH, NORM, UPDATE, pack_item
+
+pytestmark = pytest.mark.cpu
+
+CHUNK = 4096
+
+
+def run(plan, numels, programs, capacity, **kwargs):
+    """The model on a GPU of `programs` multiprocessors with one program each."""
+    # The usable share of an L2 of some MB; the rest is an H200.
+    gpu = Gpu("made up", 0, programs, 4.3, 9.7, capacity)
+    return simulate(
+        plan, numels, gpu, chunk=CHUNK, block=2048, per_sm=1,
+        evict_first=kwargs.pop("evict_first", False), **kwargs,
+    )  # fmt: skip
+
+
+def plan_by_hand(items: list[tuple[int, int, int]]) -> Plan:
+    return Plan(torch.tensor([pack_item(*item) for item in items]), (), 0, 1)
+
+
+def two_passes(chunks: int) -> Plan:
+    return plan_by_hand([(kind, 0, c) for kind in (NORM, UPDATE) for c in range(chunks)])
+
+
+def test_cache_by_hand():
+    cache = Cache(30)
+    cache.touch(1, 10)
+    cache.touch(2, 10, write=True)  # a full-line write fetches nothing
+    cache.touch(3, 10)
+    assert (cache.read, cache.written) == (20, 0)
+    cache.touch(1, 10)  # a hit, and now 2 is the oldest
+    cache.touch(4, 10)
+    assert (cache.read, cache.written) == (30, 10)
+    cache.touch(1, 10)
+    assert cache.read == 30
+    cache.touch(3, 10, early=True)  # the most recent, but marked to leave first
+    cache.touch(5, 10)
+    cache.touch(4, 10)
+    assert cache.read == 40
+    cache.touch(3, 10, write=True)
+    cache.flush()
+    assert (cache.read, cache.written, cache.used) == (40, 20, 0)
+
+
+def test_a_dirty_line_stays_dirty_when_read():
+    cache = Cache(10)
+    cache.touch(1, 10, write=True)
+    cache.touch(1, 10)
+    cache.touch(2, 10)
+    assert cache.written == 10
+
+
+@pytest.mark.parametrize("order", ["grouped", "ahead"])
+@pytest.mark.parametrize("programs", [1, 7])
+def test_what_fits_costs_twenty(order, programs):
+    """12 bytes read (w, g, v), 8 written (w, v), to the byte, tails included."""
+    numels = [20 * CHUNK + 5, 3 * CHUNK - 1, CHUNK, 7, 0]
+    plan = make_plan(
+        numels, [True] * 5, chunk=CHUNK, window=10**9, lag=3, bytes_per_element=8, order=order
+    )
+    traffic = run(plan, numels, programs, 10**9)
+    assert (traffic.read, traffic.written) == (12 * sum(numels), 8 * sum(numels))
+    assert traffic.per_parameter == 20
+
+
+def test_two_passes_cost_twenty_eight():
+    """Forwards twice through more than the cache holds: nothing is ever found again."""
+    numel, capacity = 256 * CHUNK, 50 * CHUNK * 12
+    traffic = run(two_passes(256), [numel], 4, capacity)
+    assert (traffic.read, traffic.written) == (20 * numel, 8 * numel)
+
+
+def test_single_pass_costs_twenty():
+    """One program's chunk is all that has to stay between norm and update."""
+    numel = 256 * CHUNK
+    plan = plan_by_hand([(BOTH, 0, c) for c in range(256)])
+    traffic = run(plan, [numel], 4, 6 * CHUNK * 12)
+    assert traffic.per_parameter == 20
+
+
+@pytest.mark.parametrize(("evict_first", "bytes_between"), [(False, 12), (True, 8)])
+def test_backwards_saves_what_is_still_cached(evict_first, bytes_between):
+    """28 less the 8 bytes of w and g of the last d elements, where d fill the cache.
+
+    Between the two reads of an element lie w and g of what came after it and, unless they leave
+    first, their v.
+    """
+    numel, capacity = 1000 * CHUNK, 100 * CHUNK * 12
+    plan = make_plan(
+        [numel], [True], chunk=CHUNK, window=capacity, lag=4, bytes_per_element=8, order="grouped"
+    )
+    traffic = run(plan, [numel], 4, capacity, evict_first=evict_first)
+    by_hand = 28 - 8 * (capacity / bytes_between) / numel
+    assert traffic.per_parameter == pytest.approx(by_hand, abs=0.05)
+
+
+def test_bytes_follow_the_element_sizes():
+    """bf16 w and g, fp32 v: 2 + 2 + 4 read, 2 + 4 written."""
+    numel = 10 * CHUNK
+    traffic = run(two_passes(10), [numel], 2, 10**9, sizes=(2, 2, 4))
+    assert traffic.per_parameter == 14
+
+
+def test_too_many_programs_thrash():
+    """Chunks in flight beyond the cache: the reason why chunk and programs are chosen together."""
+    h200 = GPUS["H200"]
+    assert (
+        predict(
+            "ResNet-50", h200, Choice(chunk=16384, order="grouped", evict_first=False)
+        ).per_parameter
+        > 27
+    )
+
+
+def test_an_update_before_its_norms_is_found():
+    plan = plan_by_hand([(UPDATE, 0, 0), (UPDATE, 0, 1), (NORM, 0, 0), (NORM, 0, 1)])
+    with pytest.raises(RuntimeError, match="waits for itself"):
+        run(plan, [2 * CHUNK], 2, 10**9)
+
+
+def test_time_is_bounded_by_bytes_and_latency():
+    numel = 1000 * CHUNK
+    plan = two_passes(1000)
+    slow, fast = (run(plan, [numel], p, 10**9) for p in (1, 528))
+    # Norms from DRAM, updates from L2 with v from DRAM; what is dirty at the end is not waited for.
+    by_hand = numel * (8 + 4) / 4.3e6
+    longest = (NOW.start + 2 * (NOW.norm_first + 4 * NOW.dram + NOW.publish)) / NOW.ghz * 1e-3
+    assert by_hand < fast.us < by_hand + 4 * longest
+    assert slow.us > 2000 * 2 * NOW.dram / NOW.ghz * 1e-3, "one program pays each latency in full"
+    before = run(plan, [numel], 528, 10**9, timing=BEFORE)
+    assert before.us > fast.us
+
+
+# The floor at 20 bytes is 119 and 403 µs.
+@pytest.mark.parametrize(
+    ("model", "honoured", "ignored", "bytes_honoured"),
+    [("ResNet-50", 122, 150, 20.5), ("ViT-B/16", 430, 550, 20.5)],
+)
+def test_predictions_on_h200(model, honoured, ignored, bytes_honoured):
+    choice = Choice()
+    assert choice.in_flight_bytes >= 33_000
+    traffic = predict(model, GPUS["H200"], choice)
+    assert traffic.us <= honoured
+    assert 20 <= traffic.per_parameter <= bytes_honoured
+    assert predict(model, GPUS["H200"], Choice(evict_first=False)).us <= ignored
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_plan_covers_the_waits_of_every_model(model):
+    """Half of all tensors wait behind as many items as there are programs, where there are more."""
+    choice, gpu = Choice(), GPUS["H200"]
+    programs = choice.per_sm * gpu.multiprocessors
+    plan = planned(model, gpu, choice)
+    found = quality(plan, choice.chunk, programs)
+    waiting = len({t for t, slot in enumerate(plan.slots) if slot >= 0})
+    if waiting > 10:
+        assert found.median_cover >= 1
+    if model in ("ResNet-50", "ViT-B/16"):
+        assert found.least_cover >= 0.85
+
+
+def test_quality_by_hand():
+    items = [(NORM, 0, 0), (NORM, 0, 1), (NORM, 1, 0), (NORM, 1, 1)]
+    items += [(UPDATE, 0, 1), (UPDATE, 0, 0), (UPDATE, 1, 1), (UPDATE, 1, 0)]
+    plan = Plan(torch.tensor([pack_item(*item) for item in items]), (0, 2), 4, 2)
+    found = quality(plan, 1_000_000, 4)
+    assert (found.least_cover, found.median_cover) == (0.5, 0.5)
+    # Chunk (0, 0): three norms after it, and two updates; chunk (1, 0): one norm and four updates.
+    assert found.norms_between_mb == 3 * 8
+    assert found.all_between_mb == 8 + 4 * 12
+
+
+def test_table_says_that_it_is_a_prediction(tmp_path, capsys):
+    output = tmp_path / "prediction.csv"
+    main(["--model", "GoogLeNet", "--gpu", "A100", "--default", "--output", str(output)])
+    lines = output.read_text().splitlines()
+    assert lines[0].startswith("# PREDICTION")
+    assert "commit" in lines[1]
+    assert "--model GoogLeNet" in lines[2]
+    rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))
+    assert [(row["model"], row["gpu"]) for row in rows] == [("GoogLeNet", "A100")] * 2
+    assert 20 <= float(rows[0]["bytes_per_parameter"]) <= 28
+    assert "PREDICTION" in capsys.readouterr().out

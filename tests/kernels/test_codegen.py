@@ -1,0 +1,373 @@
+"""What the compiler makes of the kernels: a budget for every specialisation on every target.
+
+Nothing here runs on a GPU or reads a clock. `bench/codegen.py` compiles; `python -m bench.codegen`
+prints the numbers that these tests hold to their caps.
+"""
+
+import csv
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+import pytest
+import triton
+
+from bench import assembly, codegen, walk
+from bench.assembly import control_flow
+from bench.codegen import RESULTS, TARGETS, Build, Row, Spec, build, measure
+from lars_fused.kernels.tuning import row_for
+
+pytestmark = pytest.mark.codegen
+
+NVIDIA = [target for target in TARGETS if target.startswith("sm")]
+ALL = [(spec, target) for target in TARGETS for spec in codegen.specialisations(target)]
+
+# Registers a thread, on NVIDIA and on AMD: the most that any case took with triton 3.6.0 or 3.7.1
+# (bench/results/codegen), rounded up to the 8 that hardware allocates at a time.
+REGISTERS = {"lars_step": (104, 128), "lars_update": (64, 104), "l2norm": (80, 96)}
+# ptxas for sm_100 takes what its cap lets it, and spills at every lower one (`kernels/tuning.py`).
+REGISTERS_OF = {("lars_step", "sm_100"): 128}
+# Bytes. 8: the one 64-bit word that a drawn ticket is handed round in. 64: two float64 a warp, to
+# add up two of a tensor's partial sums over four warps at once.
+SHARED = {"lars_step": 64, "lars_update": 8, "l2norm": 64}
+# AMD only: scalar registers kept in lanes of a vector register. Costs moves, not memory. The ticket
+# kernel is not what runs on AMD (tuning: two launches), so that only its growth is of interest.
+SCALAR_SPILLS = {"lars_step": 35, "lars_update": 0, "l2norm": 0}
+
+
+@pytest.fixture(scope="module", params=ALL, ids=lambda p: f"{p[1]}-{p[0].name}-{p[0].case}")
+def made(request: pytest.FixtureRequest) -> Build:
+    return build(*request.param)
+
+
+@pytest.fixture
+def row(made: Build) -> Row:
+    return measure(made)
+
+
+def values(spec: Spec) -> dict:
+    return dict(spec.constexprs)
+
+
+def dtypes(spec: Spec) -> dict:
+    """Storage types that the kernel touches, by operand."""
+    every = {name: values(spec).get(f"{name}_DT") for name in ("W", "G", "V", "COPY")}
+    return {name: dtype for name, dtype in every.items() if dtype is not None}
+
+
+def fast_blocks(spec: Spec, threads: int) -> list[Counter]:
+    """Accesses of one thread in each whole-block loop: what a perfect compiler would emit.
+
+    All tiles of a kernel share one layout, so that each thread holds equally many elements of every
+    operand: 128 bits of the widest type, and 64 of a 2-byte type beside a 4-byte one.
+    """
+    types = dtypes(spec)
+    widest = max(dtype.primitive_bitwidth for dtype in types.values())
+    if spec.case.endswith("beside fp32"):  # norms for an update of fp32 momentum or master weights
+        widest = 32
+
+    def block(loaded: str, stored: str) -> Counter:
+        count: Counter = Counter()
+        for kind, names in (("ld", loaded), ("st", stored)):
+            for bits in (types[n].primitive_bitwidth for n in names.split() if n in types):
+                width = 128 * bits // widest
+                accesses, rest = divmod(values(spec)["BLOCK"] * bits, threads * width)
+                assert rest == 0, f"{threads} threads are too many for {width}-bit accesses"
+                count[f"{kind}{width}"] += accesses
+        return count
+
+    norm, update = block("W G", ""), block("W G V", "W V COPY")
+    # Norms stand twice: the first try, and the one in rescaled units.
+    return {"lars_step": [norm, norm, update], "l2norm": [norm, norm], "lars_update": [update]}[
+        spec.name
+    ]
+
+
+def loops(made: Build) -> list[tuple[str, ...]]:
+    """Innermost loops of the machine code that are one basic block, without polls and `.cg`."""
+    blocks = control_flow(made.machine)
+    found = [b.lines for n, b in enumerate(blocks) if n in b.successors]
+    return [lines for lines in found if not any("STRONG" in line for line in lines)]
+
+
+def is_wide(count: Counter) -> bool:
+    wide = sum(n for name, n in count.items() if name[2:] in ("64", "128"))
+    return wide > sum(count.values()) - wide
+
+
+def test_registers_spills_and_shared_memory_stay_in_budget(row: Row) -> None:
+    assert (row.spills, row.stack) == (0, 0)
+    assert row.scalar_spills <= SCALAR_SPILLS[row.kernel]
+    usual = REGISTERS[row.kernel][row.target not in NVIDIA]
+    assert row.registers <= REGISTERS_OF.get((row.kernel, row.target), usual)
+    assert row.shared <= SHARED[row.kernel]
+
+
+def test_as_many_programs_fit_a_multiprocessor_as_tuning_launches(row: Row) -> None:
+    assert row.resident >= row_for(row.target).programs
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_row_names_as_many_threads_as_its_warps_have(target: str) -> None:
+    # One accumulator a thread, and one element a thread in tails: with any other number both work,
+    # but move data between threads.
+    row = row_for(target)
+    assert row.threads == row.num_warps * TARGETS[target].warp_size
+    assert row.chunk % row.block == row.block % row.threads == 0
+
+
+def test_no_value_changes_its_layout(made: Build) -> None:
+    # A conversion goes through shared memory with barriers around it. No part of any kernel needs
+    # one, the tail and the reductions included. Between two names of one layout nothing moves.
+    text = re.sub(r" loc\(.*", "", made.ttgir)
+    for line in re.findall(r"ttg\.convert_layout .*", text):
+        before, after = re.findall(r"tensor<\w+, (#.*?)>(?= ->|$)", line)
+        assert plain_layout(before, text) == plain_layout(after, text), line
+
+
+def plain_layout(name: str, text: str) -> list[list[int]]:
+    """Elements a thread, threads a warp and warps along each axis, the sliced axes left out."""
+    if found := re.match(r"#ttg\.slice<\{dim = (\d+), parent = (.*)\}>$", name):
+        return [axes[: int(found[1])] + axes[int(found[1]) + 1 :]
+                for axes in plain_layout(found[2], text)]  # fmt: skip
+    layout = re.search(rf"^{name} = #ttg\.blocked<(.*)>", text, re.M)
+    assert layout, f"{name} is not a blocked layout"
+    axes = dict(re.findall(r"(\w+) = \[([\d, ]+)\]", layout[1]))
+    names = ("sizePerThread", "threadsPerWarp", "warpsPerCTA")
+    return [[int(x) for x in axes[n].split(",")] for n in names]
+
+
+def test_whole_blocks_are_moved_by_wide_accesses_alone(made: Build) -> None:
+    """The loop over whole blocks makes exactly the expected accesses, and no other.
+
+    Found in the machine code, not in what was asked for: the basic blocks that branch to
+    themselves and move mostly 64 or 128 bits at a time. The tail's loop moves single elements and
+    is not among them. A whole-block loop that lost a hint would no longer be among them either, or
+    would hold narrow accesses; both differ from the list, as does a table load left in the loop.
+    """
+    if made.target == "gfx942":
+        # There a loop is cut up by the compiler (see the next test), so that blocks say nothing;
+        # tile accesses are `buffer_` ones, and narrow ones belong to the tail.
+        tiles = [line for line in made.assembly.splitlines() if "buffer_" in line]
+        seen = {n: c for n, c in assembly.widths(tiles).items() if n[2:] in ("64", "128")}
+        expected = sum(fast_blocks(made.spec, 64 * made.spec.warps), Counter())
+        # The first block is loaded before the loop, so that its loads stand in the text twice.
+        assert seen == {n: c * (1 + (n[:2] == "ld")) for n, c in expected.items()}
+        return
+    counts = [assembly.widths(lines) for lines in loops(made)]
+    seen_loops = [dict(count) for count in counts if is_wide(count)]
+    assert seen_loops == [dict(c) for c in fast_blocks(made.spec, 32 * made.spec.warps)]
+
+
+def test_whole_blocks_touch_no_shared_memory(made: Build, row: Row) -> None:
+    if row.kernel == "lars_update":  # the drawn ticket is handed round, and nothing else
+        assert (row.sts, row.barriers, row.lds) == (1, 1, 1)
+    if made.target == "gfx942":
+        if row.kernel == "lars_step":  # not launched there; the ticket shares a block with loads
+            return
+        blocks = [b.lines for b in control_flow(made.assembly)]
+        tiles = [b for b in blocks if any("buffer_" in line and "dwordx" in line for line in b)]
+    else:
+        tiles = [lines for lines in loops(made) if is_wide(assembly.widths(lines))]
+    assert tiles
+    for lines in tiles:
+        assert not [x for x in lines if re.search(r"\b(LDS|STS|BAR|ds_read|ds_write|s_barrier)", x)]
+
+
+def test_no_product_is_fused_with_a_sum(made: Build) -> None:
+    # A PTX operation that names its rounding is left alone by ptxas; one that does not may be fused
+    # in one kernel and not in another, and their bits would part.
+    if made.target == "gfx942":
+        assert dict(made.spec.options)["enable_fp_fusion"] is False
+        return
+    assert re.search(r"\bmul\.rn\.f32", made.assembly)
+    free = re.findall(r"\b(?:mul|add|sub)\.f(?:32|64)\S*|\bfma\.rn\.f32\S*", made.assembly)
+    assert not free
+
+
+def test_addresses_are_computed_in_64_bits(made: Build) -> None:
+    """No offset comes from 32-bit arithmetic.
+
+    In TTIR: what moves a pointer is a 64-bit sum or product of 64-bit values. A 32-bit value enters
+    only where it cannot overflow: an index exactly as it was read, a lane, a constant, or a count
+    of elements within one chunk. A chunk's index times CHUNK in 32 bits is none of these.
+    """
+    code = definitions(made.ttir)
+    moves = [text for op, text in code.values() if op == "tt.addptr"]
+    assert moves
+    for move in moves:
+        offset = re.findall(r"%[\w#]+", move)[1]
+        if re.search(r"i32>?$", move):
+            assert narrow_is_harmless(code, offset), move
+        todo, seen = [offset], set()
+        while todo:
+            name = todo.pop()
+            op, text = code.get(name.split("#")[0], ("", ""))
+            if name in seen or not op:
+                continue
+            seen.add(name)
+            operands = re.findall(r"%[\w#]+", text)
+            if op == "arith.extsi":
+                assert narrow_is_harmless(code, operands[0]), f"{name} = {op} {text}"
+            elif op.startswith("arith.") or op in ("tt.splat", "loop"):
+                todo += operands
+
+
+def definitions(ttir: str) -> dict[str, tuple[str, str]]:
+    """Operation and operands behind every name; a loop's variable is a `loop` of its start."""
+    code: dict[str, tuple[str, str]] = {}
+    current: dict[str, str] = {}  # a name may return in a later region: the latest is meant
+    for line in ttir.splitlines():
+        line = re.sub(r" loc\(.*", "", line)
+        left, equals, right = line.partition(" = ")
+        right = re.sub(r"%\w+", lambda name: current.get(name[0], name[0]), right)
+        if defined := re.match(r"\s*(%\w+)", left) if equals else None:
+            name = defined[1]
+            current[name] = f"{name}_{len(code)}" if name in code else name
+            left = left.replace(name, current[name], 1)
+        line = left + equals + right
+        if found := re.match(r"\s*(%\w+)(?::\d+)? = \"?([\w.]+)\"? ?(.*)", line):
+            code[found[1]] = (found[2], found[3])
+            if found[2] in ("scf.while", "scf.for"):
+                first = re.findall(r"(%\w+) = (%[\w#]+)", found[3])
+                code |= {variable: ("loop", value) for variable, value in first}
+    return code
+
+
+def narrow_is_harmless(code: dict[str, tuple[str, str]], name: str) -> bool:
+    """Whether a 32-bit value is small: an index as it was read, or a count within one chunk."""
+    op, _ = code[name.partition("#")[0]]
+    as_read = op in ("tt.get_program_id", "arith.trunci", "tt.load")
+    return as_read or counts_in_a_chunk(code, name)
+
+
+def counts_in_a_chunk(code: dict[str, tuple[str, str]], name: str) -> bool:
+    """Whether only lanes, constants and min(..., CHUNK) went into a 32-bit value."""
+    name, _, result = name.partition("#")
+    op, text = code[name]
+    operands = re.findall(r"%[\w#]+", text)
+    if op in ("tt.make_range", "arith.constant", "arith.cmpi"):
+        return True
+    if op == "arith.trunci":
+        return code[operands[0].partition("#")[0]][0] == "arith.minsi"
+    if op == "scf.while":  # what a loop leaves is what it began with, plus counting
+        return counts_in_a_chunk(code, re.findall(r" = (%[\w#]+)", text)[int(result or 0)])
+    known = ("tt.splat", "loop", "arith.select", "arith.divsi", "arith.muli", "arith.addi")
+    return op in known and all(counts_in_a_chunk(code, operand) for operand in operands)
+
+
+POLLED = [(s, t) for s, t in ALL if s.name == "lars_step"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "target"), POLLED, ids=[f"{t}-{s.name}-{s.case}" for s, t in POLLED]
+)
+def test_the_poll_survives_in_a_loop(spec: Spec, target: str) -> None:
+    # A loop around a plain load is deleted; one around a volatile load is hoisted on AMD.
+    atomic = values(spec)["POLL_ATOMIC"]
+    form = "coherent" if target == "gfx942" else "relaxed" if atomic else "volatile"
+    assert form in measure(build(spec, target)).poll.split("+")
+
+
+# What `bench/walk.py` can read: sm_80 has no memory descriptors, by which it tells loads apart.
+WALKED = [t for t in NVIDIA if t != "sm_80"]
+ON_NVIDIA = [(s, t) for s, t in POLLED if t in WALKED]
+
+
+def positions(lines: Sequence[str], pattern: str) -> list[int]:
+    return [n for n, line in enumerate(lines) if re.search(pattern, line)]
+
+
+@pytest.mark.parametrize(("spec", "target"), ON_NVIDIA, ids=[f"{t}-{s.case}" for s, t in ON_NVIDIA])
+def test_data_is_asked_for_before_ticket_and_ratio(spec: Spec, target: str) -> None:
+    """In an update the first block's loads come before the poll, and that before the next item.
+
+    The ticket is received (shared memory) after them, and the item's word read after that.
+    """
+    lines = walk.update_path(build(spec, target))
+    data, stores = positions(lines, r"LDG\.E\.EF"), positions(lines, r"STG\.E\.EF")
+    poll, received = positions(lines, walk.poll(spec))[0], positions(lines, r"\bLDS\b")[0]
+    block = fast_blocks(spec, 32 * spec.warps)[-1]
+    first = [n for n in data if n < stores[0]]
+    assert len(first) == sum(n for kind, n in block.items() if kind[:2] == "ld")
+    assert max(first) < poll < stores[0]
+    assert max(first) < received < stores[0]
+
+
+@pytest.mark.parametrize("target", WALKED)
+def test_latencies_along_the_machine_code(target: str) -> None:
+    """Cycles by `bench/walk.py` (predictions): what issue and plan count on."""
+    found = walk.figures(build(specialisation(target), target))
+    assert found.update_first_load <= 1300
+    assert found.norm_first_load <= 1300
+    # Measured by the same walk: 2,284 on sm_90; 2,641 on sm_100, whose blocks are half as large.
+    assert found.publication <= (2700 if target == "sm_100" else 2300)
+    # Less than one L2 latency of the next item's word is waited for.
+    assert found.next_item_exposed < walk.LATENCY["descriptor"] / 4
+
+
+@pytest.mark.parametrize("target", WALKED)
+def test_a_tail_loads_four_turns_before_it_stores(target: str) -> None:
+    blocks = [b.lines for b in control_flow(build(specialisation(target), target).machine)]
+    found = [(positions(b, r"LDG\.E R"), positions(b, r"STG\.E desc")) for b in blocks]
+    ((loads, stores),) = [(loads, stores) for loads, stores in found if loads and stores]
+    assert (len(loads), len(stores)) == (4 * 3, 4 * 2)  # w, g and v; w and v
+    # ptxas may slip the first store, whose data is there, in front of the last load.
+    assert sorted(loads)[-2] < min(stores)
+    assert max(loads) < sorted(stores)[1]
+
+
+def specialisation(target: str) -> Spec:
+    """The one-launch kernel in fp32."""
+    return codegen.specialisations(target)[0]
+
+
+def test_every_ordered_atomic_of_the_protocol_is_there(made: Build) -> None:
+    # Ticket, arrival (it publishes the partial sums and acquires the others') and publication;
+    # the counter of the two-launch update. Two tickets: the first, and one drawn ahead.
+    ticket, arrival, publish = (
+        ("atom.global.gpu.relaxed.add.u64", "atom.global.gpu.acq_rel.add.u32",
+         "atom.global.gpu.relaxed.exch.b64")
+        if made.target in NVIDIA
+        else ("global_atomic_add_x2", "global_atomic_add", "global_atomic_swap_x2")
+    )  # fmt: skip
+    needed = {
+        "lars_step": {ticket: 2, arrival: 1, publish: 1},
+        "lars_update": {ticket: 1},
+        "l2norm": {arrival: 1},
+    }[made.spec.name]
+    if made.target == "gfx942" and arrival in needed:
+        needed |= {"buffer_wbl2 sc1": 1, "buffer_inv sc1": 1}  # its release and its acquire
+    seen = assembly.atomics(made.assembly)
+    assert {op: seen[op] for op in seen if not op.startswith("ld.")} == needed
+
+
+def test_occupancy_formula_on_known_points() -> None:
+    # By hand, from the sources that `resident` names.
+    assert assembly.resident("sm_80", 8, 32, 0) == 8
+    assert assembly.resident("sm_90", 8, 128, 0) == 2
+    assert assembly.resident("sm_90", 8, 129, 0) == 1
+    assert assembly.resident("sm_90", 4, 40, 0) == 12
+    assert (
+        assembly.resident("sm_90", 2, 104, 0) == 8
+    )  # four warps of 104 in each of four partitions
+    assert assembly.resident("sm_80", 4, 16, 81 * 1024) == 2
+    assert assembly.resident("sm_90", 4, 16, 0) == 16
+    assert assembly.resident("gfx942", 8, 64, 0) == 4
+    assert assembly.resident("gfx942", 8, 128, 0) == 2
+    assert assembly.resident("gfx942", 4, 129, 0) == 3
+
+
+def test_kept_table_matches_the_compiler(made: Build, row: Row) -> None:
+    path = RESULTS / f"{triton.__version__}.csv"
+    if not path.exists():
+        pytest.skip(f"no table is kept for triton {triton.__version__}")
+    lines = path.read_text().splitlines()
+    assert lines[0].startswith(f"# triton {triton.__version__}, ")
+    kept = [line for line in csv.reader(lines[1:]) if line[:3] == list(row_key(row))]
+    fresh = [str(getattr(row, name)) for name in lines[1].split(",")]
+    assert kept == [fresh], "run `python -m bench.codegen` and look at what changed"
+
+
+def row_key(row: Row) -> tuple[str, str, str]:
+    return row.kernel, row.case, row.target

@@ -1,0 +1,140 @@
+"""The one table of hyper-parameters, and everything that must agree with it."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import lars_fused
+from lars_fused import LARS, lars_step, options
+from lars_fused._engine import launch_tables
+from lars_fused.kernels import layout
+from lars_fused.options import TABLE, Options, Settings
+from tests import test_reference
+from tests.cases import OPTIONS, TERMS
+from tests.contract import test_options
+
+pytestmark = pytest.mark.cpu
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize("function", [LARS, lars_step], ids=["LARS", "lars_step"])
+def test_signatures_list_the_options_with_their_defaults(function):
+    parameters = inspect.signature(function).parameters
+    shared = [name for name in parameters if name in Options._fields]
+    assert shared == list(Options._fields)
+    for name, default in Options._field_defaults.items():
+        assert parameters[name].default == default, name
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        assert parameters[name].kind == keyword or name == "lr"
+
+
+def test_the_settings_of_the_optimizer_are_its_last_arguments():
+    parameters = inspect.signature(LARS).parameters
+    assert list(parameters)[-len(Settings._fields) :] == list(Settings._fields)
+    for name, default in Settings._field_defaults.items():
+        assert parameters[name].default == default, name
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_the_docstring_documents_every_option_and_its_symbol(name):
+    (line,) = re.findall(rf"^        {name}: (.*)$", LARS.__doc__, re.MULTILINE)
+    symbol = TABLE[name].symbol
+    if symbol and name != "denominator":
+        assert line.startswith(symbol), line
+    largest = getattr(TABLE[name], "largest", None)
+    if largest is not None:
+        assert f"in [0, {largest:g}]" in line
+
+
+def test_the_documentation_has_the_table():
+    assert options.documentation_table() in (ROOT / "docs" / "options.md").read_text("utf-8")
+
+
+def test_each_option_has_a_word_of_its_own_in_the_group_row():
+    words = [kind.word for kind in TABLE.values()]
+    words += [layout.LR_AT, layout.LR_IS_FP64]
+    assert sorted(words) == list(range(len(words))), "each word once, without a gap"
+    assert len(words) <= layout.GROUP_WORDS, "raise GROUP_WORDS, a power of two"
+
+
+def other_value(name):
+    """A value of an option that is allowed and is not its default."""
+    kind, default = TABLE[name], Options._field_defaults[name]
+    if isinstance(kind, options.Flag):
+        return not default
+    if isinstance(kind, options.Choice):
+        return [*kind.codes][-1]
+    return default / 2 if default else 0.25
+
+
+def test_the_group_row_encodes_every_option():
+    device = torch.device("cpu")
+    plain, _ = launch_tables.group_row(Options(), device)
+    changed = Options(**{name: other_value(name) for name in TABLE})
+    row, address = launch_tables.group_row(changed, device)
+    assert address == 0
+    for name, kind in TABLE.items():
+        assert row[kind.word] != plain[kind.word], name
+    assert row[layout.KEEP] == 1.0 - 0.25
+    assert row[layout.SIGN] == -1.0
+    assert row[layout.DENOMINATOR] == layout.DENOMINATORS["gradient"]
+
+
+@pytest.mark.parametrize(
+    "cases",
+    [
+        [test_reference.HAND, *(case.options for case in test_reference.CASES)],
+        [TERMS, *OPTIONS.values()],
+        test_options.CHANGES,
+    ],
+    ids=["test_reference.CASES", "cases.OPTIONS", "contract/test_options.CHANGES"],
+)
+def test_every_option_has_a_case_by_hand_and_on_every_backend(cases):
+    """A reference that misses an option fails in the first, a backend in the others."""
+    changed = {
+        name
+        for case in cases
+        for name, value in case.items()
+        if name in Options._fields and value != Options._field_defaults[name]
+    }
+    assert changed == set(Options._fields), "add a case that changes the missing option"
+
+
+def test_defaults_and_groups_hold_the_options_and_nothing_else():
+    """Torch's contract: every key of `defaults` stands in every group."""
+    p = torch.nn.Parameter(torch.ones(2))
+    optimizer = LARS([p], master_weights=True, momentum_dtype=torch.bfloat16)
+    assert set(optimizer.defaults) == set(Options._fields)
+    assert set(optimizer.param_groups[0]) == {"params", *Options._fields}
+    assert optimizer.master_weights
+    assert optimizer.momentum_dtype == torch.bfloat16
+    assert not optimizer.capturable
+
+
+def test_print_says_what_runs_and_what_holds_for_the_whole_optimizer():
+    shown = repr(LARS([torch.nn.Parameter(torch.ones(2))], backend="torch"))
+    assert "backend: torch" in shown
+    for name in (*Options._fields, *Settings._fields):
+        assert f" {name}: " in shown
+
+
+def test_a_positional_call_is_answered_with_the_keyword_form():
+    """The third argument is momentum here, momentum in SGD, and something else elsewhere."""
+    p = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(TypeError, match=r"\(0.9, 0, 0.0001\).*by keyword.*momentum=0.9, weight"):
+        LARS([p], 0.1, 0.9, 0, 1e-4)
+    LARS([p], 0.1)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'momentun'"):
+        LARS([p], momentun=0.9)
+
+
+def test_only_public_names_are_shown():
+    assert sorted(dir(lars_fused)) == sorted([*lars_fused.__all__, "__version__"])
+    public = {name for name in vars(LARS) if not name.startswith("_")}
+    own = {"add_param_group", "backend", "capturable", "layer_stats", "load_state_dict"}
+    own |= {"exclude_ndim", "master_weights", "momentum_dtype", "state_dict", "step"}
+    assert public == own
