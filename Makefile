@@ -22,7 +22,7 @@ ifneq ($(filter all floor,$(TIER)),)
 floor_ready := $(if $(floor),$(floor)/.ready)
 endif
 
-.PHONY: help demo demo-ddp test fuzz bench gpu lint clean
+.PHONY: help demo demo-ddp test fuzz bench gpu lint docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -43,14 +43,17 @@ fuzz: $(ready) ## the slow tests, and the property-based ones with many more exa
 bench: $(ready) ## run the benchmarks; ARGS="..." is passed on
 	$(run) -m bench $(ARGS)
 
-gpu: $(ready) ## everything that needs a GPU
+gpu: $(ready) ## everything that needs a GPU; ARGS=first|second|third for one call of under ten minutes
 	PYTHON="$(run)" ci/gpu.sh $(ARGS)
 
 lint: $(ready) ## ruff and mypy only
 	$(run) ci/test.py lint
 
+docs: $(ready) ## serve the documentation on this machine; ARGS=build writes it to site/
+	NO_MKDOCS_2_WARNING=1 $(run) -m mkdocs $(or $(ARGS),serve)
+
 clean: ## remove the environment and whatever was built
-	rm -rf .venv build dist demo_output *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv build dist site demo_output *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is written last: an installation that was cut short is done again.

@@ -27,7 +27,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
             if file.suffix.lower() in SUFFIXES
         ]
         if not self.files:
-            raise SystemExit(f"{folder} holds no images in folders of classes")
+            raise SystemExit(f"{folder} has no images in class folders")
         self.classes, self.size, self.training = len(names), size, training
 
     def __len__(self) -> int:
@@ -73,7 +73,7 @@ class Bottleneck(nn.Module):
             *(nn.BatchNorm2d(width), nn.ReLU(True)),
             *(nn.Conv2d(width, outputs, 1, bias=False), nn.BatchNorm2d(outputs)),
         )
-        nn.init.zeros_(self.body[-1].weight)  # a block begins as its shortcut
+        nn.init.zeros_(self.body[-1].weight)  # a block starts as the identity
         self.shortcut: nn.Module = nn.Identity()
         if stride > 1 or inputs != outputs:
             self.shortcut = nn.Sequential(

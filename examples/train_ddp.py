@@ -5,7 +5,7 @@
         --epochs 90 --micro-batch 128 --checkpoint run.pt
 
 `--data` is a folder with `train/<class>/<image>` and `val/<class>/<image>`; without it the
-handwritten digits of scikit-learn are used. A run that was stopped goes on from `--checkpoint`.
+handwritten digits of scikit-learn are used. A run that was stopped resumes from `--checkpoint`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 class Data:
-    """What to train on, and each rank's share of it."""
+    """The data, and each rank's share of it."""
 
     def __init__(self, args: argparse.Namespace):
         self.train: Dataset[tuple[Tensor, int]]
@@ -67,25 +67,25 @@ class Data:
             self.test = ImageFolder(args.data / "val", args.image_size, training=False)
             self.network = resnet50(self.train.classes)
         self.args, self.rank, self.ranks = args, dist.get_rank(), dist.get_world_size()
-        self.steps = len(self.train) // args.global_batch  # an epoch's, without the remainder
+        self.steps = len(self.train) // args.global_batch  # per epoch, without the remainder
         if self.steps == 0:
             raise SystemExit(f"--global-batch must be at most {len(self.train)}, the images")
         if args.global_batch < 2 * self.ranks * self.pieces:  # batch normalisation needs two
             raise SystemExit("--global-batch and --micro-batch must leave two images to each rank")
 
     def order(self, epoch: int, first_step: int) -> Iterator[list[int]]:
-        """This rank's micro-batches, step by step; a step's are the same for every resumed run."""
+        """This rank's micro-batches, step by step; resuming reproduces them exactly."""
         generator = torch.Generator().manual_seed(self.args.seed + epoch)
         shuffled = torch.randperm(len(self.train), generator=generator)
         for step in range(first_step, self.steps):
             batch = shuffled[step * self.args.global_batch :][: self.args.global_batch]
-            # Ranks may have one image more or less, micro-batches as well: any batch will do.
+            # Shares of ranks and of micro-batches may differ by one image: any batch size works.
             mine = batch.tensor_split(self.ranks)[self.rank]
             yield from (piece.tolist() for piece in mine.tensor_split(self.pieces))
 
     @property
     def pieces(self) -> int:
-        """Micro-batches of a step: the same on every rank."""
+        """Micro-batches per step: the same on every rank."""
         most = -(-self.args.global_batch // self.ranks)
         return -(-most // self.args.micro_batch)
 
@@ -107,7 +107,7 @@ class Data:
 
 
 class Clock:
-    """Time of a step and of the optimizer within it, on the device where there is one."""
+    """Times a step and the optimizer within it, on the device if there is one."""
 
     def __init__(self, device: torch.device):
         self.cuda = device.type == "cuda"
@@ -127,7 +127,7 @@ class Clock:
 
 
 class Trainer:
-    """One training run: model, optimizer, schedule, and the state that a checkpoint holds."""
+    """One training run: model, optimizer, schedule, and the state in a checkpoint."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
         torch.manual_seed(args.seed)
@@ -143,7 +143,7 @@ class Trainer:
         self.schedule = WarmupPolynomialLR(
             self.optimizer, warmup_steps=warmup, total_steps=self.total, warmup_start_factor=0.1
         )
-        # An average: ranks may differ by one image.
+        # An average, since ranks may differ by one image.
         self.noise = NoiseScale(max(1, args.global_batch // self.data.ranks), decay=0.95)
         self.step = 0
         self.resume()
@@ -178,12 +178,12 @@ class Trainer:
             saved = {name: part.state_dict() for name, part in parts.items()}
             beside = path.with_suffix(".new")
             torch.save({**saved, "step": self.step}, beside)
-            os.replace(beside, path)  # the old one is whole until the new one is
+            os.replace(beside, path)  # the old file stays complete until the new one is
 
     # ----------------------------------------------------------------------- training
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        """A share of the mean over the global batch, times the ranks, by which DDP divides."""
+        """This micro-batch's share of the global mean, times the ranks, since DDP divides."""
         images = images.to(self.device, memory_format=torch.channels_last, non_blocking=True)
         labels = labels.to(self.device, non_blocking=True)
         bf16 = not self.args.no_bf16
@@ -193,8 +193,8 @@ class Trainer:
         return total * (self.data.ranks / self.args.global_batch)
 
     def take_step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> str:
-        """One step of all micro-batches, and its line for the log."""
-        # Dropout depends on the step alone, so that a resumed run repeats it.
+        """Take one step over all micro-batches and log it."""
+        # Dropout depends only on the step, so that a resumed run repeats it.
         torch.manual_seed((self.args.seed + self.step) * self.data.ranks + self.data.rank)
         began = self.clock.now()
         loss = torch.zeros((), device=self.device)
@@ -243,7 +243,7 @@ class Trainer:
 
     @torch.no_grad()
     def accuracy(self) -> float:
-        # Not through DDP, which would wait for ranks that have one batch less.
+        # Not through DDP, which would wait for ranks that have one batch fewer.
         network = self.model.module.eval()
         for buffer in network.buffers():  # running means: those of the checkpoint
             dist.broadcast(buffer, 0)
