@@ -19,9 +19,14 @@ class Block:
 
 @functools.cache
 def control_flow(text: str) -> list[Block]:
-    """Basic blocks of PTX, SASS or amdgcn; a branch ends a block, its target starts one."""
+    """Basic blocks of PTX, SASS or amdgcn; a branch ends a block, its target starts one.
+
+    For sm_80 ptxas writes some ways out of a loop as calls under a predicate. They are successors
+    too; the branch back that follows them ends the block.
+    """
     code: list[tuple[str, str, str]] = []  # label, instruction, branch target
     label = ""
+    same: dict[str, str] = {}  # a label that another one follows at once, and that one
     for raw in text.splitlines():
         line = re.sub(r"(?:/\*.*?\*/|//.*|\s;\s.*)", "", raw).strip().rstrip("; ")
         if found := re.match(
@@ -29,6 +34,8 @@ def control_flow(text: str) -> list[Block]:
         ):  # SASS: every line has an address
             label = f"0x{int(found[1], 16):x}"
         elif found := re.match(r"(\$L__BB\w+|\.LBB\w+):", line):
+            if label:
+                same[label] = found[1]
             label = found[1]
             continue
         if re.match(r"[@a-zA-Z]", line) and not line.endswith(":"):
@@ -37,7 +44,11 @@ def control_flow(text: str) -> list[Block]:
             )
             code.append((label, line, jump[1] if jump else ""))
             label = ""
-    targets = {t for _, _, t in code if t}
+    for before, after_it in reversed(same.items()):
+        same[before] = same.get(after_it, after_it)
+    code = [(name, line, same.get(target, target)) for name, line, target in code]
+    leaves = [re.match(r"@!?U?P\d CALL\S* (0x\w+)$", line) for _, line, _ in code]
+    targets = {t for _, _, t in code if t} | {found[1] for found in leaves if found}
     starts = [i for i, c in enumerate(code) if i == 0 or c[0] in targets or code[i - 1][2]]
     bounds = list(zip(starts, [*starts[1:], len(code)], strict=True))
     block_of = {code[start][0]: n for n, start in enumerate(starts)}
@@ -45,6 +56,7 @@ def control_flow(text: str) -> list[Block]:
     for n, (start, end) in enumerate(bounds):
         _, last, target = code[end - 1]
         after = [block_of[target]] if target else []
+        after += [block_of[found[1]] for found in leaves[start:end] if found]
         # Falls through unless it ends in a return or in a branch whose only operand is its target.
         if not re.match(r"(?:(?:bra|BRA|s_branch)\S*\s+\S+$|ret\b|EXIT\b|s_endpgm)", last):
             after += [n + 1] if n + 1 < len(bounds) else []
@@ -65,6 +77,31 @@ def in_loop(blocks: Sequence[Block], start: int, avoid: re.Pattern[str]) -> bool
             seen.add(n)
             todo += blocks[n].successors
     return False
+
+
+def cycles(blocks: Sequence[Block]) -> list[tuple[str, ...]]:
+    """Instructions of each outermost loop, however many basic blocks it was cut into.
+
+    A loop is a strongly connected component: blocks that can all reach each other.
+    """
+    onward = [_reachable(blocks, n) for n in range(len(blocks))]
+    found = []
+    for n in range(len(blocks)):
+        loop = [m for m in sorted(onward[n]) if n in onward[m]]
+        if n in onward[n] and n == loop[0]:
+            found.append(tuple(line for m in loop for line in blocks[m].lines))
+    return found
+
+
+def _reachable(blocks: Sequence[Block], start: int) -> set[int]:
+    seen: set[int] = set()
+    todo = list(blocks[start].successors)
+    while todo:
+        n = todo.pop()
+        if n not in seen:
+            seen.add(n)
+            todo += blocks[n].successors
+    return seen
 
 
 POLLS = {

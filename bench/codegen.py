@@ -128,19 +128,26 @@ CASES = [
 LISTS = [Dtypes(dtype, None, FP32) for dtype in (FP32, BF16, FP16)]
 # Types of the run-time arguments. None is specialised on its value or alignment.
 SIGNATURE = (
-    dict.fromkeys(("items", "tensors", "group_words", "counter", "watch", "flags"), "*i64")
+    dict.fromkeys(("items", "tensors", "counter", "watch", "flags"), "*i64")
     | dict.fromkeys(("groups", "partials", "sums", "ratios"), "*fp64")
     | {"arrivals": "*i32", "grad_scale": "*fp32", "found_inf": "*fp32", "n_items": "i32"}
 )
 
 
+def launched(target: str, kernel: str = "lars_step") -> bool:
+    """Whether a target's tuning row launches a kernel."""
+    return kernel != "lars_step" or row_for(target).launches == 1
+
+
 def specialisations(target: str) -> list[Spec]:
     """Every specialisation of a target, with both forms of the poll.
 
-    The compile-time values are those that the launch layer and the target's tuning row give.
+    The compile-time values are those that the launch layer and the target's tuning row give. Where
+    the row names two launches, `lars_step` runs only if the environment asks for it: one case of it
+    is compiled, so that its protocol can be checked.
     """
     row = row_for(target)
-    specs = [_spec("lars_step", case, row) for case in CASES]
+    specs = [_spec("lars_step", case, row) for case in CASES[: None if launched(target) else 1]]
     if not row.poll_atomic:
         specs.append(_spec("lars_step", CASES[0], row._replace(poll_atomic=True), " poll=atomic"))
     specs += [_spec("lars_update", case, row) for case in CASES]

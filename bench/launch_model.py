@@ -34,13 +34,13 @@ class Timing:
     l2: int = 386  # published: 220 ns, between the near and the far half
     start: int = 1900  # assumed: found_inf, grad_scale, first ticket, its item: five round trips
     norm_first: int = 872  # walk: top of an item -> first data load of a norm
-    update_first: int = 582  # walk: top of an item -> first data load of an update
+    update_first: int = 585  # walk: top of an item -> first data load of an update
     prefetch: bool = True  # the first block of an update is loaded before its ratio is polled for
     ratio_wanted: int = 414  # walk: an update's first data load -> its first poll
     poll: int = 800  # walk: a poll, the ticket's receipt and the next item's word behind it
     reduce: int = 625  # walk: last data of a norm -> arrival atomic issued, without the fence
     arrive: int = 1200  # assumed: fence 500, atomic 700
-    publish: int = 2284  # walk: last arrival -> ratio published, 513 to 1,024 chunks
+    publish: int = 2269  # walk: last arrival -> ratio published, 513 to 1,024 chunks
     both: int = 1000  # walk: ratio of a chunk that waits for nobody
     update_end: int = 60  # walk: last stores -> next item
     norm_block: int = 165  # counted: a warp, 2,048 elements

@@ -33,9 +33,9 @@ POLL = r"LDG\.E\.64\.STRONG\.SYS"
 PARTIAL = r"LDG\.E\.64\.STRONG\.GPU"
 NORM_LOAD, UPDATE_LOAD = r"LDG\.E\.128", r"LDG\.E\.EF\.128"
 UPDATE_STORE = r"STG\.E\.EF\.128"
-SLOW = r"CALL\.|NANOSLEEP"  # slow paths of fp64 functions, and a ratio that is not there yet
-TAIL = r"\bLDG\.E R"
-ITEM = r"LDG\.E\.64 R\d+, desc\[UR\d+\]\[R\d+\.64\]$"
+SLOW = r"^CALL\.|NANOSLEEP"  # slow paths of fp64 functions, and a ratio that is not there yet
+TAIL = r"@!?P\d LDG\.E R"
+ITEM = r"LDG\.E\.64 R\d+, (?:desc\[UR\d+\])?\[R\d+\.64\]$"
 
 
 @dataclass(frozen=True)

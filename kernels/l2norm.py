@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from . import layout
-from .lars_rule import gradient_factor, inverse_scale
+from .lars_rule import gradient_factor, inverse_scale, load_switches
 from .memory import chunk_span
 from .queue import unpack_item
 from .sums import D2, G2, W2, chunk_square_sums, load_pair, store_triple, sum_partials
@@ -35,7 +35,7 @@ _GROUP_WORDS = tl.constexpr(layout.GROUP_WORDS)
 def l2norm(
     items,  # int64: NORM items
     tensors,  # int64 [n_tensors, 8]
-    groups,  # float64 [n_groups, 16]
+    groups,  # float64 [n_groups, 8]
     arrivals,  # int32 [n_tensors], zero between launches
     partials,  # float64 [n_slots, 3]
     sums,  # float64 [n_tensors, 3]: w², (s·g)², d²
@@ -60,7 +60,7 @@ def l2norm(
         tl.load(row + _FLAGS),
         tl.load(row + _SLOT),
     )
-    factor = gradient_factor(options, inverse_scale(grad_scale))
+    factor = gradient_factor(load_switches(options), inverse_scale(grad_scale))
     decay = tl.load(options + _DECAY).to(tl.float32)
     start, count, whole = chunk_span(numel, row_flags, chunk, CHUNK, BLOCK)
     w, g = load_pair(

@@ -31,21 +31,21 @@ from .memory import (
 _FRESH = tl.constexpr(layout.FRESH)
 _LR = tl.constexpr(layout.LR)
 _LR_AT = tl.constexpr(layout.LR_AT)
-_LR_IS_FP64 = tl.constexpr(layout.LR_IS_FP64)
+_SWITCHES = tl.constexpr(layout.SWITCHES)
 _MOMENTUM = tl.constexpr(layout.MOMENTUM)
 _KEEP = tl.constexpr(layout.KEEP)
 _DECAY = tl.constexpr(layout.DECAY)
 _TRUST = tl.constexpr(layout.TRUST)
 _EPS = tl.constexpr(layout.EPS)
-_SIGN = tl.constexpr(layout.SIGN)
 _ADAPT = tl.constexpr(layout.ADAPT)
-_DENOMINATOR = tl.constexpr(layout.DENOMINATOR)
+_MAXIMIZE = tl.constexpr(layout.MAXIMIZE)
 _NESTEROV = tl.constexpr(layout.NESTEROV)
 _LR_IN_MOMENTUM = tl.constexpr(layout.LR_IN_MOMENTUM)
 _CLIP = tl.constexpr(layout.CLIP)
 _DECAY_ZERO_NORM = tl.constexpr(layout.DECAY_ZERO_NORM)
-_SUM = tl.constexpr(layout.DENOMINATORS["sum"])
+_LR_IS_FP64 = tl.constexpr(layout.LR_IS_FP64)
 _DECAYED = tl.constexpr(layout.DENOMINATORS["decayed"])
+_NOT_SUM = tl.constexpr(sum(layout.DENOMINATORS.values()))
 
 # Beyond this gain (gradients near the smallest of fp32) the unit is larger.
 _GAIN_HUGE = tl.constexpr(2.0**220)
@@ -60,24 +60,29 @@ def inverse_scale(grad_scale):
 
 
 @triton.jit
-def gradient_factor(options, unscale):
+def load_switches(options):
+    """Everything of a group's row that is not a number, as bits (`layout.py`)."""
+    return tl.load(options + _SWITCHES).to(tl.int64, bitcast=True).to(tl.int32)
+
+
+@triton.jit
+def gradient_factor(switches, unscale):
     """Factor on the gradient, ±1/loss_scale: unscaling, and the sign for maximize."""
-    return tl.load(options + _SIGN).to(tl.float32) * unscale
+    return tl.where((switches & _MAXIMIZE) != 0, -unscale, unscale)
 
 
 @triton.jit
-def rate_words(options, option_words):
+def rate_words(options):
     """What `learning_rate` needs of a group's row: loads of which none waits."""
-    lr, is_fp64 = tl.load(options + _LR), tl.load(options + _LR_IS_FP64)
-    return lr, tl.load(option_words + _LR_AT), is_fp64
+    return tl.load(options + _LR), tl.load(options + _LR_AT).to(tl.int64, bitcast=True)
 
 
 @triton.jit
-def learning_rate(words):
+def learning_rate(words, switches):
     """γ as float64: from the table, or from the device tensor whose address the table holds."""
-    lr, address, is_fp64 = words
+    lr, address = words
     if address != 0:
-        if is_fp64 != 0:
+        if (switches & _LR_IS_FP64) != 0:
             lr = tl.load(address.to(tl.pointer_type(tl.float64)))
         else:
             lr = tl.load(address.to(tl.pointer_type(tl.float32))).to(tl.float64)
@@ -85,23 +90,19 @@ def learning_rate(words):
 
 
 @triton.jit
-def uses_decayed_norm(options):
+def uses_decayed_norm(switches):
     """Whether the trust ratio is made of N(d) and not of N(s·g)."""
-    return tl.load(options + _DENOMINATOR) == _DECAYED
+    return (switches & _DECAYED) != 0
 
 
 @triton.jit
 def ratio_options(options):
     """What `trust_ratio` needs of a group's row: one batch of loads, of which none waits."""
-    return (
-        tl.load(options + _DENOMINATOR), tl.load(options + _ADAPT), tl.load(options + _DECAY),
-        tl.load(options + _EPS), tl.load(options + _TRUST), tl.load(options + _CLIP),
-        tl.load(options + _DECAY_ZERO_NORM),
-    )  # fmt: skip
+    return tl.load(options + _DECAY), tl.load(options + _EPS), tl.load(options + _TRUST)
 
 
 @triton.jit
-def trust_ratio(w2, norm2, loaded, lr):
+def trust_ratio(w2, norm2, loaded, switches, lr):
     """Trust ratio q (README, Semantics). Negative: use the raw gradient, without decay.
 
         q = η N(w) / D,  D = N(g) + βN(w) + ε | N(d) + ε | N(g) + ε
@@ -110,16 +111,17 @@ def trust_ratio(w2, norm2, loaded, lr):
     `norm2`: the square of N(d) or N(g) (`uses_decayed_norm`). `loaded`: `ratio_options`. A norm
     that is NaN makes q NaN, which poisons that tensor and no other.
     """
-    mode, adapt, decay, eps, trust, clip, decay_zero_norm = loaded
+    decay, eps, trust = loaded
+    adapt = (switches & _ADAPT) != 0
     w_norm = tl.sqrt(w2)
     norm = tl.sqrt(norm2)
-    adapted = (adapt != 0) & (w_norm != 0) & (norm != 0)
-    below = norm + tl.where(mode == _SUM, decay, 0.0) * w_norm + eps
+    adapted = adapt & (w_norm != 0) & (norm != 0)
+    below = norm + tl.where((switches & _NOT_SUM) == 0, decay, 0.0) * w_norm + eps
     q = trust * w_norm / tl.where(adapted, below, 1.0)
-    if clip != 0:
+    if (switches & _CLIP) != 0:
         clipped = q / tl.where(lr == 0, 1.0, lr)
         q = tl.where((clipped > 1.0) | (lr == 0), 1.0, clipped)
-    raw = (adapt != 0) & (decay_zero_norm == 0)
+    raw = adapt & ((switches & _DECAY_ZERO_NORM) == 0)
     return tl.where(adapted, q, tl.where(raw, -1.0, 1.0))
 
 
@@ -145,7 +147,7 @@ def _apply(w, g, v, factor, decay, gain_unit, gain, momentum, keep, nesterov, ou
 
 
 @triton.jit
-def update_rule(options, flags, epoch):
+def update_rule(options, switches, flags, epoch):
     """What an update needs besides ratio and γ: μ, 1-τ (1 on the first step), β, nesterov, inside.
 
     `flags`: of the tensor. `inside`: γ is within the momentum buffer.
@@ -153,8 +155,8 @@ def update_rule(options, flags, epoch):
     momentum = tl.load(options + _MOMENTUM)
     keep = tl.load(options + _KEEP)
     decay = tl.load(options + _DECAY).to(tl.float32)
-    nesterov = tl.load(options + _NESTEROV) != 0
-    inside = tl.load(options + _LR_IN_MOMENTUM) != 0
+    nesterov = (switches & _NESTEROV) != 0
+    inside = (switches & _LR_IN_MOMENTUM) != 0
     fresh = ((flags & _FRESH) != 0) & (epoch == 1)
     keep = tl.where(fresh | (momentum == 0), 1.0, keep).to(tl.float32)
     return momentum.to(tl.float32), keep, decay, nesterov, inside

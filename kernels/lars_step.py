@@ -25,6 +25,7 @@ from .lars_rule import (
     gradient_factor,
     inverse_scale,
     learning_rate,
+    load_switches,
     load_triple,
     rate_words,
     ratio_options,
@@ -66,15 +67,14 @@ _GROUP_WORDS = tl.constexpr(layout.GROUP_WORDS)
 @triton.jit(
     do_not_specialize=["n_items"],
     do_not_specialize_on_alignment=[
-        "items", "tensors", "groups", "group_words", "counter", "watch", "arrivals", "flags",
-        "partials", "sums", "ratios", "grad_scale", "found_inf",
+        "items", "tensors", "groups", "counter", "watch", "arrivals", "flags", "partials", "sums",
+        "ratios", "grad_scale", "found_inf",
     ],
 )  # fmt: skip
 def lars_step(
     items,  # int64 [n_items]: the work, in ticket order
     tensors,  # int64 [n_tensors, 8]: addresses and sizes
-    groups,  # float64 [n_groups, 16]: hyper-parameters
-    group_words,  # int64: the same memory, for the address of a learning rate
+    groups,  # float64 [n_groups, 8]: hyper-parameters
     counter,  # int64 [1]: (epoch << 32) | next ticket
     watch,  # int64 [2]: whether every launch began at ticket 0
     arrivals,  # int32 [n_tensors]: chunks of the tensor summed so far, zero between launches
@@ -119,13 +119,13 @@ def lars_step(
         kind, tensor, group, chunk = unpack_item(item)
         row = tensors + tensor * _TENSOR_WORDS
         options = groups + group * _GROUP_WORDS
-        option_words = group_words + group * _GROUP_WORDS
         # All that the first data load needs, in one batch.
         w_address, g_address = tl.load(row + _W_AT), tl.load(row + _G_AT)
         v_address = tl.load(row + _V_AT)
         numel, row_flags = tl.load(row + _NUMEL), tl.load(row + _FLAGS)
         first_slot = tl.load(row + _SLOT)
-        factor = gradient_factor(options, unscale)
+        switches = load_switches(options)
+        factor = gradient_factor(switches, unscale)
         start, count, whole = chunk_span(numel, row_flags, chunk, CHUNK, BLOCK)
         ratio = tl.full([], 1.0, tl.float64)  # of a chunk that is not adapted
         next_ticket = ticket
@@ -136,7 +136,7 @@ def lars_step(
                 w_address, g_address, start, whole > 0,
                 BLOCK, W_DT, G_DT, W_ALIGN, G_ALIGN, EMULATE_BF16,
             )  # fmt: skip
-            decayed = uses_decayed_norm(options)
+            decayed = uses_decayed_norm(switches)
             decay = tl.load(options + _DECAY).to(tl.float32)
             next_ticket = receive(drawn, THREADS)
             next_item = tl.load(items + next_ticket, mask=next_ticket < todo, other=0)
@@ -153,7 +153,7 @@ def lars_step(
             if complete:
                 # Two sums until the ratio is out; the third is for layer_stats() alone.
                 loaded = ratio_options(options)
-                rate = rate_words(options, option_words)
+                rate = rate_words(options)
                 used = G2 + (D2 - G2) * decayed.to(tl.int64)
                 rest = G2 + D2 - used
                 norm2 = tl.where(decayed, d2, g2)
@@ -161,8 +161,8 @@ def lars_step(
                     w2, norm2 = sum_partials(
                         partials, first_slot, chunks, W2, used, LANES, EMULATE_BF16
                     )
-                lr = learning_rate(rate)
-                ratio = as_published(trust_ratio(w2, norm2, loaded, lr))
+                lr = learning_rate(rate, switches)
+                ratio = as_published(trust_ratio(w2, norm2, loaded, switches, lr))
                 if kind == _NORM:
                     publish(flags + tensor, epoch, ratio)
                     tl.store(arrivals + tensor, 0)
@@ -181,14 +181,16 @@ def lars_step(
                 BLOCK, W_DT, G_DT, V_DT, W_ALIGN, G_ALIGN, V_ALIGN, EVICT, EMULATE_BF16,
             )  # fmt: skip
             # Everything else comes while that is on its way; only this item writes this chunk.
-            rate = rate_words(options, option_words)
-            momentum, keep, decay, nesterov, inside = update_rule(options, row_flags, epoch)
+            rate = rate_words(options)
+            momentum, keep, decay, nesterov, inside = update_rule(
+                options, switches, row_flags, epoch
+            )
             if kind == _UPDATE:
                 asked = ask(flags + tensor, POLL_ATOMIC)
                 next_ticket = receive(drawn, THREADS)
                 next_item = tl.load(items + next_ticket, mask=next_ticket < todo, other=0)
                 ratio = wait_for_ratio(asked, flags + tensor, epoch, POLL_ATOMIC, BACKOFF)
-            lr = learning_rate(rate)
+            lr = learning_rate(rate, switches)
             copy_address = w_address
             if COPY_DT is not None:
                 copy_address = tl.load(row + _COPY_AT)

@@ -16,6 +16,7 @@ from .lars_rule import (
     gradient_factor,
     inverse_scale,
     learning_rate,
+    load_switches,
     load_triple,
     rate_words,
     ratio_options,
@@ -41,15 +42,14 @@ _GROUP_WORDS = tl.constexpr(layout.GROUP_WORDS)
 
 @triton.jit(
     do_not_specialize_on_alignment=[
-        "items", "tensors", "groups", "group_words", "counter", "watch", "sums", "ratios",
-        "grad_scale", "found_inf",
+        "items", "tensors", "groups", "counter", "watch", "sums", "ratios", "grad_scale",
+        "found_inf",
     ],
 )  # fmt: skip
 def lars_update(
     items,  # int64: UPDATE items, drawn in order
     tensors,  # int64 [n_tensors, 8]
-    groups,  # float64 [n_groups, 16]
-    group_words,  # int64: the same memory
+    groups,  # float64 [n_groups, 8]
     counter,  # int64 [1]: (epoch << 32) | programs started
     watch,  # int64 [2]: whether every launch began at ticket 0
     sums,  # float64 [n_tensors, 3]
@@ -91,13 +91,14 @@ def lars_update(
         numel, row_flags = tl.load(row + _NUMEL), tl.load(row + _FLAGS)
         start, count, whole = chunk_span(numel, row_flags, chunk, CHUNK, BLOCK)
         w2 = tl.load(sums + 3 * tensor + W2)
-        used = G2 + (D2 - G2) * uses_decayed_norm(options).to(tl.int64)
+        switches = load_switches(options)
+        used = G2 + (D2 - G2) * uses_decayed_norm(switches).to(tl.int64)
         norm2 = tl.load(sums + 3 * tensor + used)
         loaded = ratio_options(options)
-        lr = learning_rate(rate_words(options, group_words + group * _GROUP_WORDS))
-        factor = gradient_factor(options, inverse_scale(grad_scale))
-        momentum, keep, decay, nesterov, inside = update_rule(options, row_flags, epoch)
-        ratio = as_published(trust_ratio(w2, norm2, loaded, lr))
+        lr = learning_rate(rate_words(options), switches)
+        factor = gradient_factor(switches, inverse_scale(grad_scale))
+        momentum, keep, decay, nesterov, inside = update_rule(options, switches, row_flags, epoch)
+        ratio = as_published(trust_ratio(w2, norm2, loaded, switches, lr))
         if chunk == 0:
             store_stats(ratios, tensor, ratio, lr)
         w, g, v = load_triple(

@@ -6,7 +6,7 @@ may use constexpr globals alone, so each file of kernels wraps the names that it
 
     items     int64 [n]         kind | tensor << 2 | group << 24 | chunk << 40
     tensors   int64 [n, 8]      one row a tensor: addresses in bytes (0: there is none) and sizes
-    groups    float64 [n, 16]   one row a parameter group: its hyper-parameters
+    groups    float64 [n, 8]    one row a parameter group: its hyper-parameters
     counter   int64 [1]         epoch << 32 | next ticket
     watch     int64 [2]         last epoch whose first ticket was drawn; epoch that lost work, or 0
     flags     int64 [n]         epoch << 48 | the trust ratio's top 48 bits, once published
@@ -19,19 +19,18 @@ TENSOR_WORDS = 8
 ALIGNED = 1  # every address allows 128-bit access
 FRESH = 2  # no momentum yet: epoch 1 of this plan is the tensor's first step
 
-# A group's row. All words are float64 but LR_AT, the int64 address of a learning rate that lives in
-# device memory (0: there is none).
-LR, LR_AT, LR_IS_FP64, MOMENTUM = 0, 1, 2, 3
-KEEP = 4  # 1 - dampening
-DECAY, TRUST, EPS = 5, 6, 7
-SIGN = 8  # -1 to maximize
-ADAPT, DENOMINATOR, NESTEROV, LR_IN_MOMENTUM, CLIP, DECAY_ZERO_NORM = range(9, 15)
-GROUP_WORDS = 16
+# A group's row: float64, but for two int64. LR_AT: address of a learning rate that lives in device
+# memory (0: there is none). KEEP: 1 - dampening. SWITCHES: everything that is not a number, as
+# bits, so that an item reads it all by one load and holds it in one register.
+LR, LR_AT, MOMENTUM, KEEP, DECAY, TRUST, EPS, SWITCHES = range(8)
+GROUP_WORDS = 8
+ADAPT, MAXIMIZE, NESTEROV, LR_IN_MOMENTUM, CLIP, DECAY_ZERO_NORM, LR_IS_FP64 = (
+    1 << bit for bit in range(7)
+)
+DENOMINATORS = {"sum": 0, "decayed": 1 << 7, "gradient": 1 << 8}
 
 # A slot of partial sums, and a row of the sums of all tensors: float64 sums of w², (s·g)² and d².
 W2, G2, D2 = range(3)
-
-DENOMINATORS = {"sum": 0, "decayed": 1, "gradient": 2}
 
 # Item kinds are two bits: a norm, an update, or both by one program.
 NORM, UPDATE = 1, 2

@@ -1,4 +1,4 @@
-"""The hyper-parameters of LARS, one line each: name, type, default, range, meaning, kernel word.
+"""The hyper-parameters of LARS, one line each: name, type, default, range, meaning, kernel code.
 
 Every list of them is either generated from this table (validation, the kernel's group row, defaults
 for old checkpoints, `docs/options.md`) or checked against it by tests/test_options_table.py (the
@@ -45,130 +45,125 @@ def check_flag(name: str, value: object, where: str) -> None:
         raise TypeError(f"{where}{name}={value!r} is not allowed; must be True or False")
 
 
-class Number(NamedTuple):
-    """A real number, 0 or above."""
+def _check_lr(name: str, value: object, where: str, read_device: bool) -> None:
+    if not isinstance(value, Tensor):
+        _check_number(name, value, None, where)
+        return
+    if value.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    if not value.is_floating_point():
+        raise TypeError(f"{where}lr is a tensor of {value.dtype}; must be a floating-point tensor")
+    # Reading a device tensor synchronises: done at construction, never in a step.
+    if value.device.type == "cpu" or read_device:
+        _check_number(name, float(value), None, where)
+
+
+class Kind(NamedTuple):
+    """What one hyper-parameter may be, and how the kernels get it."""
 
     symbol: str
     meaning: str
     word: int
     """Its index in the kernels' row of a parameter group (`kernels/layout.py`)."""
-    encode: Callable[[Any], float] = float
-    largest: float | None = None
-
-    @property
-    def allowed(self) -> str:
-        """The range, for people."""
-        return ">= 0" if self.largest is None else f"0 to {self.largest:g}"
-
-    def check(self, name: str, value: object, where: str) -> None:
-        """Raise unless `value` is in range."""
-        _check_number(name, value, self.largest, where)
+    allowed: str
+    """The range, for people."""
+    check: Callable[[str, object, str, bool], None]
+    """Raises unless a value is in range; takes name, value, prefix of the message, read_device."""
+    encode: Callable[[Any], float]
+    """A value as stored in the row; for SWITCHES, the bits that it sets there."""
 
 
-class LearningRate(NamedTuple):
+def learning_rate(symbol: str, meaning: str, word: int) -> Kind:
     """A number, or a 1-element tensor that the kernels read from the device."""
-
-    symbol: str
-    meaning: str
-    word: int
-    encode: Callable[[Any], float] = float
-
-    @property
-    def allowed(self) -> str:
-        """The range, for people."""
-        return ">= 0, or a 1-element tensor"
-
-    def check(self, name: str, value: object, where: str, read_device: bool = True) -> None:
-        """Raise unless `value` is in range. Device tensors are read only with `read_device`."""
-        if not isinstance(value, Tensor):
-            _check_number(name, value, None, where)
-            return
-        if value.numel() != 1:
-            raise ValueError("Tensor lr must be 1-element")
-        if not value.is_floating_point():
-            raise TypeError(
-                f"{where}lr is a tensor of {value.dtype}; must be a floating-point tensor"
-            )
-        # Reading a device tensor synchronises: done at construction, never in a step.
-        if value.device.type == "cpu" or read_device:
-            _check_number(name, float(value), None, where)
+    return Kind(symbol, meaning, word, ">= 0, or a 1-element tensor", _check_lr, float)
 
 
-class Flag(NamedTuple):
-    """True or False."""
+def number(
+    symbol: str,
+    meaning: str,
+    word: int,
+    encode: Callable[[Any], float] = float,
+    largest: float | None = None,
+) -> Kind:
+    """A real number, 0 or above."""
 
-    symbol: str
-    meaning: str
-    word: int
-    encode: Callable[[Any], float] = float
+    def check(name: str, value: object, where: str, _: bool) -> None:
+        _check_number(name, value, largest, where)
 
-    @property
-    def allowed(self) -> str:
-        """The range, for people."""
-        return "True, False"
+    allowed = ">= 0" if largest is None else f"0 to {largest:g}"
+    return Kind(symbol, meaning, word, allowed, check, encode)
 
-    def check(self, name: str, value: object, where: str) -> None:
-        """Raise unless `value` is a bool."""
+
+def flag(symbol: str, meaning: str, bit: int) -> Kind:
+    """True or False: a bit among the kernels' switches."""
+
+    def check(name: str, value: object, where: str, _: bool) -> None:
         check_flag(name, value, where)
 
-
-class Choice(NamedTuple):
-    """One of a few names, each with its code in the kernels."""
-
-    symbol: str
-    meaning: str
-    word: int
-    codes: Mapping[str, int]
-
-    def encode(self, value: Any) -> float:
-        """The code, as stored in the row."""
-        return float(self.codes[value])
-
-    @property
-    def allowed(self) -> str:
-        """The range, for people."""
-        return ", ".join(f'"{name}"' for name in self.codes)
-
-    def check(self, name: str, value: object, where: str) -> None:
-        """Raise unless `value` is one of the names."""
-        check_choice(name, value, list(self.codes), where)
+    return Kind(symbol, meaning, layout.SWITCHES, "True, False", check, lambda on: bit if on else 0)
 
 
-Kind = Number | LearningRate | Flag | Choice
+def choice(symbol: str, meaning: str, codes: Mapping[str, int]) -> Kind:
+    """One of a few names, each with its bits among the kernels' switches."""
+
+    def check(name: str, value: object, where: str, _: bool) -> None:
+        check_choice(name, value, list(codes), where)
+
+    allowed = ", ".join(f'"{name}"' for name in codes)
+    return Kind(symbol, meaning, layout.SWITCHES, allowed, check, codes.__getitem__)
 
 
 class Options(NamedTuple):
     """The hyper-parameters of one parameter group."""
 
     # fmt: off
-    lr: Annotated[float | Tensor, LearningRate("γ", "learning rate", layout.LR)] = 1.0
-    momentum: Annotated[float, Number("μ", "momentum", layout.MOMENTUM, largest=1.0)] = 0.9
-    weight_decay: Annotated[float, Number("β", "weight decay", layout.DECAY)] = 0.0
+    lr: Annotated[float | Tensor, learning_rate("γ", "learning rate", layout.LR)] = 1.0
+    momentum: Annotated[float, number("μ", "momentum", layout.MOMENTUM, largest=1.0)] = 0.9
+    weight_decay: Annotated[float, number("β", "weight decay", layout.DECAY)] = 0.0
     trust_coefficient: Annotated[
-        float, Number("η", "factor of the trust ratio", layout.TRUST)] = 0.001
+        float, number("η", "factor of the trust ratio", layout.TRUST)] = 0.001
     eps: Annotated[
-        float, Number("ε", "added to the denominator of the trust ratio", layout.EPS)] = 1e-8
+        float, number("ε", "added to the denominator of the trust ratio", layout.EPS)] = 1e-8
     dampening: Annotated[
-        float, Number("τ", "dampening of the momentum", layout.KEEP, lambda t: 1.0 - t, 1.0)] = 0.0
-    nesterov: Annotated[bool, Flag("", "Nesterov momentum", layout.NESTEROV)] = False
-    denominator: Annotated[str, Choice(
-        "D", "norms in the denominator of the trust ratio", layout.DENOMINATOR,
-        layout.DENOMINATORS)] = "sum"
+        float, number("τ", "dampening of the momentum", layout.KEEP, lambda t: 1.0 - t, 1.0)] = 0.0
+    nesterov: Annotated[bool, flag("", "Nesterov momentum", layout.NESTEROV)] = False
+    denominator: Annotated[str, choice(
+        "D", "norms in the denominator of the trust ratio", layout.DENOMINATORS)] = "sum"
     lr_in_momentum: Annotated[
-        bool, Flag("", "whether γ is inside the momentum buffer", layout.LR_IN_MOMENTUM)] = True
+        bool, flag("", "whether γ is inside the momentum buffer", layout.LR_IN_MOMENTUM)] = True
     trust_clip: Annotated[
-        bool, Flag("", "clip the trust ratio: q = min(q/γ, 1)", layout.CLIP)] = False
+        bool, flag("", "clip the trust ratio: q = min(q/γ, 1)", layout.CLIP)] = False
     decay_zero_norm: Annotated[
-        bool, Flag("", "whether a tensor with a zero norm decays", layout.DECAY_ZERO_NORM)] = True
-    adapt: Annotated[bool, Flag("", "whether the trust ratio is used", layout.ADAPT)] = True
-    maximize: Annotated[
-        bool, Flag("", "maximize the objective", layout.SIGN, lambda m: -1.0 if m else 1.0)] = False
+        bool, flag("", "whether a tensor with a zero norm decays", layout.DECAY_ZERO_NORM)] = True
+    adapt: Annotated[bool, flag("", "whether the trust ratio is used", layout.ADAPT)] = True
+    maximize: Annotated[bool, flag("", "maximize the objective", layout.MAXIMIZE)] = False
     # fmt: on
 
 
 TABLE: dict[str, Kind] = {
     name: hint.__metadata__[0] for name, hint in Options.__annotations__.items()
 }
+
+
+def group_row(options: Options, device: torch.device) -> tuple[list[float], dict[int, int]]:
+    """A group's row of `kernels/layout.py`: its numbers, and its integers by word."""
+    row, address, switches = [0.0] * layout.GROUP_WORDS, 0, 0
+    for kind, value in zip(TABLE.values(), options, strict=True):
+        if kind.word == layout.SWITCHES:
+            switches |= int(kind.encode(value))
+            continue
+        if isinstance(value, Tensor):
+            there = value.device == device and device.type != "cpu"
+            # A wrapper of other tensors has no address.
+            if there and value.dtype in _DEVICE_LR and (address := value.data_ptr()):
+                switches |= layout.LR_IS_FP64 if value.dtype == torch.float64 else 0
+                continue
+            value = float(value)
+        row[kind.word] = kind.encode(value)
+    return row, {layout.LR_AT: address, layout.SWITCHES: switches}
+
+
+_DEVICE_LR = (torch.float32, torch.float64)
 
 
 class Settings(NamedTuple):
@@ -212,10 +207,7 @@ def check(values: Mapping[str, Any], where: str, read_device: bool = True) -> No
         ValueError, TypeError: naming the option, its value and what is allowed.
     """
     for name, kind in TABLE.items():
-        if isinstance(kind, LearningRate):
-            kind.check(name, values[name], where, read_device)
-        else:
-            kind.check(name, values[name], where)
+        kind.check(name, values[name], where, read_device)
     if values["nesterov"] and (values["momentum"] == 0 or values["dampening"] != 0):
         raise ValueError(
             f"{where}nesterov=True requires momentum > 0 and dampening=0; "

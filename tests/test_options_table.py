@@ -9,7 +9,6 @@ import torch
 
 import lars_fused
 from lars_fused import LARS, lars_step, options
-from lars_fused._engine import launch_tables
 from lars_fused.kernels import layout
 from lars_fused.options import TABLE, Options, Settings
 from tests import test_reference
@@ -45,43 +44,54 @@ def test_the_docstring_documents_every_option_and_its_symbol(name):
     symbol = TABLE[name].symbol
     if symbol and name != "denominator":
         assert line.startswith(symbol), line
-    largest = getattr(TABLE[name], "largest", None)
-    if largest is not None:
-        assert f"in [0, {largest:g}]" in line
+    if bounded := re.fullmatch("0 to (.*)", TABLE[name].allowed):
+        assert f"in [0, {bounded[1]}]" in line
 
 
 def test_the_documentation_has_the_table():
     assert options.documentation_table() in (ROOT / "docs" / "options.md").read_text("utf-8")
 
 
-def test_each_option_has_a_word_of_its_own_in_the_group_row():
-    words = [kind.word for kind in TABLE.values()]
-    words += [layout.LR_AT, layout.LR_IS_FP64]
+def test_each_option_has_a_word_or_a_bit_of_its_own_in_the_group_row():
+    words = [kind.word for kind in TABLE.values() if kind.word != layout.SWITCHES]
+    words += [layout.LR_AT, layout.SWITCHES]
     assert sorted(words) == list(range(len(words))), "each word once, without a gap"
     assert len(words) <= layout.GROUP_WORDS, "raise GROUP_WORDS, a power of two"
+    flags = [name for name, value in Options._field_defaults.items() if isinstance(value, bool)]
+    bits = [int(TABLE[name].encode(True)) for name in flags]
+    bits += [layout.LR_IS_FP64, *filter(None, layout.DENOMINATORS.values())]
+    assert sorted(bits) == [1 << n for n in range(len(bits))], "each bit once, without a gap"
 
 
 def other_value(name):
     """A value of an option that is allowed and is not its default."""
-    kind, default = TABLE[name], Options._field_defaults[name]
-    if isinstance(kind, options.Flag):
+    default = Options._field_defaults[name]
+    if isinstance(default, bool):
         return not default
-    if isinstance(kind, options.Choice):
-        return [*kind.codes][-1]
+    if isinstance(default, str):
+        return TABLE[name].allowed.split('"')[-2]
     return default / 2 if default else 0.25
 
 
 def test_the_group_row_encodes_every_option():
     device = torch.device("cpu")
-    plain, _ = launch_tables.group_row(Options(), device)
-    changed = Options(**{name: other_value(name) for name in TABLE})
-    row, address = launch_tables.group_row(changed, device)
-    assert address == 0
+    plain, integers = options.group_row(Options(), device)
     for name, kind in TABLE.items():
-        assert row[kind.word] != plain[kind.word], name
+        row, changed = options.group_row(Options(**{name: other_value(name)}), device)
+        assert changed[layout.LR_AT] == 0
+        differ = [n for n, (a, b) in enumerate(zip(row, plain, strict=True)) if a != b]
+        toggled = changed[layout.SWITCHES] ^ integers[layout.SWITCHES]
+        if kind.word == layout.SWITCHES:
+            code = kind.encode(other_value(name)) ^ kind.encode(Options._field_defaults[name])
+            assert (differ, toggled) == ([], code), name
+        else:
+            assert (differ, toggled) == ([kind.word], 0), name
+    row, changed = options.group_row(
+        Options(dampening=0.25, maximize=True, denominator="gradient"), device
+    )
     assert row[layout.KEEP] == 1.0 - 0.25
-    assert row[layout.SIGN] == -1.0
-    assert row[layout.DENOMINATOR] == layout.DENOMINATORS["gradient"]
+    assert changed[layout.SWITCHES] & layout.MAXIMIZE
+    assert changed[layout.SWITCHES] & layout.DENOMINATORS["gradient"]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ is done, and launches follow them on the stream, so that no step in flight is di
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -20,9 +19,9 @@ import torch
 from torch import Tensor
 
 from ..kernels import layout
-from ..options import TABLE, Options
-from . import launch
-from .plan import Plan, make_plan, unpack_items
+from ..options import Options, group_row
+from . import launch, queue_state
+from .plan import cached_plan, unpack_items
 from .tensors import Addresses, Scaling
 
 _ENVIRONMENT_LAUNCHES = "LARS_FUSED_LAUNCHES"
@@ -39,13 +38,6 @@ class Contents(NamedTuple):
     fresh: tuple[bool, ...]
     """Whether a tensor's next step is its first."""
     n_groups: int
-
-
-@functools.lru_cache(maxsize=64)
-def _cached_plan(
-    numels: tuple[int, ...], adapt: tuple[bool, ...], groups: tuple[int, ...], **sizes: Any
-) -> Plan:
-    return make_plan(numels, adapt, groups, **sizes)
 
 
 def _integers(values: Sequence[int]) -> Tensor:
@@ -81,7 +73,7 @@ class LaunchTables:
         window = self.row.window
         if window is None:
             window = int(l2_bytes * tuning.WINDOW_SHARE)
-        self.plan = _cached_plan(
+        self.plan = cached_plan(
             contents.numels,
             contents.adapt,
             contents.groups,
@@ -112,9 +104,7 @@ class LaunchTables:
         self.items = self._on_device(self.plan.items)
         self.tensors = self._on_device(self._host)
         self.groups = self._on_device(self._host_groups)
-        self.counter = torch.full(
-            (1,), 1 << layout.TICKET_BITS, dtype=torch.int64, **on
-        )  # epoch 1, ticket 0
+        self.counter = torch.full((1,), queue_state.START, dtype=torch.int64, **on)
         self.watch = torch.zeros(layout.WATCH_WORDS, dtype=torch.int64, **on)
         self.arrivals = torch.zeros(n, dtype=torch.int32, **on)
         self.flags = torch.zeros(n, dtype=torch.int64, **on)
@@ -132,12 +122,10 @@ class LaunchTables:
             self.norm_items = self._on_device(norm_items)
             self.update_items = self._on_device(update_items)
         # Each replay of a captured step copies from its staging memory again: never reuse it.
-        self._staging: dict[int, Tensor] = {}
-        if staged:
-            for table in (self.tensors, self.groups):
-                self._staging[table.data_ptr()] = torch.empty_like(
-                    table, device="cpu", pin_memory=True
-                )
+        self._staging = {
+            table.data_ptr(): torch.empty_like(table, device="cpu", pin_memory=True)
+            for table in ((self.tensors, self.groups) if staged else ())
+        }
 
     # ------------------------------------------------------------------ tables
 
@@ -173,7 +161,7 @@ class LaunchTables:
         known: Sequence[list[int] | None] = self._addresses or [None] * len(_ADDRESS_WORDS)
         for at, old, new in zip(_ADDRESS_WORDS, known, addresses, strict=True):
             if new != old:
-                self._host[:, at] = _integers(new)
+                self._host[:, at] = _integers(new) if new else 0
         self._addresses = addresses
         aligned = ((self._host[:, : layout.NUMEL] % 16) == 0).all(1)
         self._host[:, layout.FLAGS] = aligned * layout.ALIGNED + self._fresh
@@ -193,8 +181,10 @@ class LaunchTables:
         if options is self._options:
             return
         rows = [group_row(o, self.device) for o in options]
-        words = torch.tensor([row for row, _ in rows], dtype=torch.float64, device="cpu")
-        words.view(torch.int64)[:, layout.LR_AT] = _integers([address for _, address in rows])
+        words = torch.tensor([numbers for numbers, _ in rows], dtype=torch.float64, device="cpu")
+        integers = words.view(torch.int64)
+        for word in (layout.LR_AT, layout.SWITCHES):
+            integers[:, word] = _integers([row[word] for _, row in rows])
         if self._options is None or not torch.equal(
             words.view(torch.int64), self._host_groups.view(torch.int64)
         ):
@@ -231,14 +221,14 @@ class LaunchTables:
             self.update(scaling)
             return
         grad_scale, found_inf = self._scaling(scaling)
-        if self.items.numel() == 0:
-            self._count_step(found_inf)
+        if self.items.numel() == 0:  # other ranks hold all of these tensors
+            queue_state.count_step(self.counter, self.watch, found_inf)
             return
         self._order_streams()
         args = (
-            self.items, self.tensors, self.groups, self.groups.view(torch.int64), self.counter,
-            self.watch, self.arrivals, self.flags, self.partials, self.sums, self.ratios,
-            grad_scale, found_inf, self.items.numel(),
+            self.items, self.tensors, self.groups, self.counter, self.watch, self.arrivals,
+            self.flags, self.partials, self.sums, self.ratios, grad_scale, found_inf,
+            self.items.numel(),
         )  # fmt: skip
         launch.run("lars_step", self.programs, args, self.dtypes, self.row, self.device)
 
@@ -257,12 +247,12 @@ class LaunchTables:
         """The second of two launches: update from `sums`."""
         grad_scale, found_inf = self._scaling(scaling)
         if self.update_items.numel() == 0:
-            self._count_step(found_inf)
+            queue_state.count_step(self.counter, self.watch, found_inf)
             return
         self._order_streams()
         args = (
-            self.update_items, self.tensors, self.groups, self.groups.view(torch.int64),
-            self.counter, self.watch, self.sums, self.ratios, grad_scale, found_inf,
+            self.update_items, self.tensors, self.groups, self.counter, self.watch, self.sums,
+            self.ratios, grad_scale, found_inf,
         )  # fmt: skip
         launch.run(
             "lars_update", self.update_items.numel(), args, self.dtypes, self.row, self.device
@@ -272,70 +262,22 @@ class LaunchTables:
         scale, flag = scaling
         return self.one if scale is None else scale, self.zero if flag is None else flag
 
-    def _count_step(self, found_inf: Tensor) -> None:
-        """Advance the epoch although no program runs: other ranks hold all of these tensors."""
-        passed = found_inf.eq(0).long()
-        self.counter += passed << layout.TICKET_BITS
-        self.watch[:1] += passed
-
     def recover(self) -> bool:
         """Reset the queue after a failed launch; return True if no work was done."""
         if self.device.type != "cpu":  # it raised on the host, before the launch
             return True
-        untouched: bool = int(self.counter.item()) % (1 << layout.TICKET_BITS) == 0
-        self.counter.copy_((self.counter >> 32) << 32)
-        self.arrivals.zero_()
-        return untouched
+        return queue_state.reset(self.counter, self.arrivals)
 
     def steps_taken(self) -> int:
         """How many steps found_inf did not skip. Synchronises with the device."""
-        taken: int = (int(self.counter.item()) >> layout.TICKET_BITS) - 1
-        return taken
+        return queue_state.steps_taken(self.counter)
 
     def check_queue(self) -> None:
         """Raise if a launch skipped work because the queue was not at its start.
 
         Waits for the device, so it is asked where the host does so anyway.
         """
-        lost = lost_epoch(self.counter, self.watch)
-        if lost is not None:
-            raise RuntimeError(
-                f"LARS: step {lost} of {self.steps_taken()} found its work queue not at the start "
-                "and skipped updates; something wrote into found_inf or the optimizer's tables "
-                "during a step, or a launch was aborted: restore parameters and optimizer from a "
-                "checkpoint"
-            )
-
-
-def lost_epoch(counter: Tensor, watch: Tensor) -> int | None:
-    """Step (from 1) whose launch skipped work because the queue was not at its start, if any.
-
-    The kernels compare each launch with the one before; this adds the last one.
-    """
-    word = int(counter.item())
-    last, lost = (int(x) for x in watch.tolist())
-    taken = (word >> layout.TICKET_BITS) - 1
-    if lost or word % (1 << layout.TICKET_BITS):
-        return int(lost or taken + 1)
-    return None if last == taken else int(taken)
-
-
-def group_row(options: Options, device: torch.device) -> tuple[list[float], int]:
-    """A group's row of `kernels/layout.py`, and the address of a learning rate in device memory."""
-    row, address = [0.0] * layout.GROUP_WORDS, 0
-    for kind, value in zip(TABLE.values(), options, strict=True):
-        if isinstance(value, Tensor):
-            there = value.device == device and device.type != "cpu"
-            # A wrapper of other tensors has no address.
-            if there and value.dtype in _DEVICE_LR and (address := value.data_ptr()):
-                row[layout.LR_IS_FP64] = float(value.dtype == torch.float64)
-                continue
-            value = float(value)
-        row[kind.word] = kind.encode(value)
-    return row, address
-
-
-_DEVICE_LR = (torch.float32, torch.float64)
+        queue_state.check(self.counter, self.watch)
 
 
 def _launches(preferred: int) -> int:

@@ -28,10 +28,12 @@ where not all of it is.
 
 from __future__ import annotations
 
+import functools
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -198,6 +200,14 @@ class _Tape:
         inside = torch.arange(run.numel(), device="cpu") - (torch.cumsum(n, 0) - n)[run]
         items: torch.Tensor = word[run] | (start[run] + step[run] * inside) << CHUNK_SHIFT
         return items
+
+
+@functools.lru_cache(maxsize=64)
+def cached_plan(
+    numels: tuple[int, ...], adapt: tuple[bool, ...], groups: tuple[int, ...], **sizes: Any
+) -> Plan:
+    """`make_plan`, once for equal tensors."""
+    return make_plan(numels, adapt, groups, **sizes)
 
 
 def _check(

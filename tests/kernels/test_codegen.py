@@ -23,16 +23,12 @@ NVIDIA = [target for target in TARGETS if target.startswith("sm")]
 ALL = [(spec, target) for target in TARGETS for spec in codegen.specialisations(target)]
 
 # Registers a thread, on NVIDIA and on AMD: the most that any case took with triton 3.6.0 or 3.7.1
-# (bench/results/codegen), rounded up to the 8 that hardware allocates at a time.
-REGISTERS = {"lars_step": (104, 128), "lars_update": (64, 104), "l2norm": (80, 96)}
-# ptxas for sm_100 takes what its cap lets it, and spills at every lower one (`kernels/tuning.py`).
-REGISTERS_OF = {("lars_step", "sm_100"): 128}
+# (bench/results/codegen), rounded up to the 8 that hardware allocates at a time. The cap of
+# lars_step is its tuning row's.
+REGISTERS = {"lars_update": (64, 104), "l2norm": (80, 96)}
 # Bytes. 8: the one 64-bit word that a drawn ticket is handed round in. 64: two float64 a warp, to
 # add up two of a tensor's partial sums over four warps at once.
 SHARED = {"lars_step": 64, "lars_update": 8, "l2norm": 64}
-# AMD only: scalar registers kept in lanes of a vector register. Costs moves, not memory. The ticket
-# kernel is not what runs on AMD (tuning: two launches), so that only its growth is of interest.
-SCALAR_SPILLS = {"lars_step": 35, "lars_update": 0, "l2norm": 0}
 
 
 @pytest.fixture(scope="module", params=ALL, ids=lambda p: f"{p[1]}-{p[0].name}-{p[0].case}")
@@ -84,7 +80,14 @@ def fast_blocks(spec: Spec, threads: int) -> list[Counter]:
 
 
 def loops(made: Build) -> list[tuple[str, ...]]:
-    """Innermost loops of the machine code that are one basic block, without polls and `.cg`."""
+    """Loops over a chunk's blocks and tails: innermost ones, without polls and `.cg`.
+
+    On NVIDIA each is one basic block. AMD's compiler cuts a loop into several, but there no loop
+    over tickets is launched, so that the outermost ones are meant; tile accesses are `buffer_`.
+    """
+    if made.target == "gfx942":
+        found = assembly.cycles(control_flow(made.assembly))
+        return [lines for lines in found if any("buffer_load" in line for line in lines)]
     blocks = control_flow(made.machine)
     found = [b.lines for n, b in enumerate(blocks) if n in b.successors]
     return [lines for lines in found if not any("STRONG" in line for line in lines)]
@@ -97,10 +100,14 @@ def is_wide(count: Counter) -> bool:
 
 def test_registers_spills_and_shared_memory_stay_in_budget(row: Row) -> None:
     assert (row.spills, row.stack) == (0, 0)
-    assert row.scalar_spills <= SCALAR_SPILLS[row.kernel]
-    usual = REGISTERS[row.kernel][row.target not in NVIDIA]
-    assert row.registers <= REGISTERS_OF.get((row.kernel, row.target), usual)
     assert row.shared <= SHARED[row.kernel]
+    if not codegen.launched(row.target, row.kernel):  # compiled for its protocol alone
+        return
+    assert row.scalar_spills == 0
+    if row.kernel == "lars_step":
+        assert row.registers <= row_for(row.target).step_registers
+    else:
+        assert row.registers <= REGISTERS[row.kernel][row.target not in NVIDIA]
 
 
 def test_as_many_programs_fit_a_multiprocessor_as_tuning_launches(row: Row) -> None:
@@ -145,30 +152,20 @@ def test_whole_blocks_are_moved_by_wide_accesses_alone(made: Build) -> None:
     is not among them. A whole-block loop that lost a hint would no longer be among them either, or
     would hold narrow accesses; both differ from the list, as does a table load left in the loop.
     """
-    if made.target == "gfx942":
-        # There a loop is cut up by the compiler (see the next test), so that blocks say nothing;
-        # tile accesses are `buffer_` ones, and narrow ones belong to the tail.
-        tiles = [line for line in made.assembly.splitlines() if "buffer_" in line]
-        seen = {n: c for n, c in assembly.widths(tiles).items() if n[2:] in ("64", "128")}
-        expected = sum(fast_blocks(made.spec, 64 * made.spec.warps), Counter())
-        # The first block is loaded before the loop, so that its loads stand in the text twice.
-        assert seen == {n: c * (1 + (n[:2] == "ld")) for n, c in expected.items()}
+    if not codegen.launched(made.target, made.spec.name):
         return
     counts = [assembly.widths(lines) for lines in loops(made)]
     seen_loops = [dict(count) for count in counts if is_wide(count)]
-    assert seen_loops == [dict(c) for c in fast_blocks(made.spec, 32 * made.spec.warps)]
+    threads = row_for(made.target).threads
+    assert seen_loops == [dict(c) for c in fast_blocks(made.spec, threads)]
 
 
 def test_whole_blocks_touch_no_shared_memory(made: Build, row: Row) -> None:
     if row.kernel == "lars_update":  # the drawn ticket is handed round, and nothing else
         assert (row.sts, row.barriers, row.lds) == (1, 1, 1)
-    if made.target == "gfx942":
-        if row.kernel == "lars_step":  # not launched there; the ticket shares a block with loads
-            return
-        blocks = [b.lines for b in control_flow(made.assembly)]
-        tiles = [b for b in blocks if any("buffer_" in line and "dwordx" in line for line in b)]
-    else:
-        tiles = [lines for lines in loops(made) if is_wide(assembly.widths(lines))]
+    if not codegen.launched(made.target, row.kernel):
+        return
+    tiles = [lines for lines in loops(made) if is_wide(assembly.widths(lines))]
     assert tiles
     for lines in tiles:
         assert not [x for x in lines if re.search(r"\b(LDS|STS|BAR|ds_read|ds_write|s_barrier)", x)]
@@ -269,9 +266,7 @@ def test_the_poll_survives_in_a_loop(spec: Spec, target: str) -> None:
     assert form in measure(build(spec, target)).poll.split("+")
 
 
-# What `bench/walk.py` can read: sm_80 has no memory descriptors, by which it tells loads apart.
-WALKED = [t for t in NVIDIA if t != "sm_80"]
-ON_NVIDIA = [(s, t) for s, t in POLLED if t in WALKED]
+ON_NVIDIA = [(s, t) for s, t in POLLED if t in NVIDIA]
 
 
 def positions(lines: Sequence[str], pattern: str) -> list[int]:
@@ -294,27 +289,28 @@ def test_data_is_asked_for_before_ticket_and_ratio(spec: Spec, target: str) -> N
     assert max(first) < received < stores[0]
 
 
-@pytest.mark.parametrize("target", WALKED)
+@pytest.mark.parametrize("target", NVIDIA)
 def test_latencies_along_the_machine_code(target: str) -> None:
     """Cycles by `bench/walk.py` (predictions): what issue and plan count on."""
     found = walk.figures(build(specialisation(target), target))
     assert found.update_first_load <= 1300
     assert found.norm_first_load <= 1300
-    # Measured by the same walk: 2,284 on sm_90; 2,641 on sm_100, whose blocks are half as large.
-    assert found.publication <= (2700 if target == "sm_100" else 2300)
-    # Less than one L2 latency of the next item's word is waited for.
-    assert found.next_item_exposed < walk.LATENCY["descriptor"] / 4
+    # Triton 3.7.1's; with 3.6.0 the last partial sums come in a second batch on sm_100 (2,615).
+    assert found.publication <= 2300
+    # No L2 latency of the next item's word is waited for, but for part of one on sm_80, where
+    # ptxas puts the word into uniform registers at once (135 cycles).
+    share = 2 if target == "sm_80" else 4
+    assert found.next_item_exposed < walk.LATENCY["descriptor"] / share
 
 
-@pytest.mark.parametrize("target", WALKED)
+@pytest.mark.parametrize("target", NVIDIA)
 def test_a_tail_loads_four_turns_before_it_stores(target: str) -> None:
     blocks = [b.lines for b in control_flow(build(specialisation(target), target).machine)]
-    found = [(positions(b, r"LDG\.E R"), positions(b, r"STG\.E desc")) for b in blocks]
+    store = r"STG\.E (?:desc|\[)"
+    found = [(positions(b, walk.TAIL), positions(b, store)) for b in blocks]
     ((loads, stores),) = [(loads, stores) for loads, stores in found if loads and stores]
     assert (len(loads), len(stores)) == (4 * 3, 4 * 2)  # w, g and v; w and v
-    # ptxas may slip the first store, whose data is there, in front of the last load.
-    assert sorted(loads)[-2] < min(stores)
-    assert max(loads) < sorted(stores)[1]
+    assert max(loads) < min(stores)
 
 
 def specialisation(target: str) -> Spec:

@@ -49,20 +49,21 @@ def test_every_regime_with_the_constants_that_are_launched(capability, launches)
             trial.check()
 
 
-def test_a_step_is_one_launch_and_compiles_nothing_new(machine, monkeypatch):
-    small_row(monkeypatch, "cpu")
-    stepped(steps=1)
-    assert machine.launches == machine.compiled == ["lars_step"]
-    for count, options in enumerate(({"lr": 0.1}, {"momentum": 0.5}, {"weight_decay": 0.0}), 1):
-        flat = torch.zeros(count * 1000 + 64)
-        starts = [1001 * i for i in range(count)]
-        params = [torch.nn.Parameter(flat[i : i + 17 + i // 9]) for i in starts]
-        optimizer = LARS(params, backend="triton", **{**TERMS, **options})
-        for p in params:
-            p.grad = torch.ones_like(p)
-        optimizer.step()
-    assert machine.launches == ["lars_step"] * 4
-    assert machine.compiled == ["lars_step"]
+def test_a_step_is_one_launch_and_compiles_nothing_new(monkeypatch):
+    with pretended_gpu(fresh=True) as machine:
+        small_row(monkeypatch, "cpu")
+        stepped(steps=1)
+        assert machine.launches == machine.compiled == ["lars_step"]
+        for count, options in enumerate(({"lr": 0.1}, {"momentum": 0.5}, {"weight_decay": 0.0}), 1):
+            flat = torch.zeros(count * 1000 + 64)
+            starts = [1001 * i for i in range(count)]
+            params = [torch.nn.Parameter(flat[i : i + 17 + i // 9]) for i in starts]
+            optimizer = LARS(params, backend="triton", **{**TERMS, **options})
+            for p in params:
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+        assert machine.launches == ["lars_step"] * 4
+        assert machine.compiled == ["lars_step"]
 
 
 def test_a_skipped_step_writes_nothing_and_does_not_count(machine, monkeypatch):

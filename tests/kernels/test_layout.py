@@ -18,8 +18,7 @@ def test_it_imports_nothing():
 def test_words_of_a_row_are_distinct_and_fit():
     rows = {
         layout.TENSOR_WORDS: "W_AT G_AT V_AT COPY_AT NUMEL SLOT GROUP FLAGS",
-        layout.GROUP_WORDS: "LR LR_AT LR_IS_FP64 MOMENTUM KEEP DECAY TRUST EPS SIGN ADAPT "
-        "DENOMINATOR NESTEROV LR_IN_MOMENTUM CLIP DECAY_ZERO_NORM",
+        layout.GROUP_WORDS: "LR LR_AT MOMENTUM KEEP DECAY TRUST EPS SWITCHES",
         layout.WATCH_WORDS: "LAST_EPOCH LOST_EPOCH",
         3: "W2 G2 D2",
     }

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lars_fused import LARS
-from lars_fused._engine.launch_tables import lost_epoch
+from lars_fused._engine.queue_state import lost_epoch
 from tests import internals
 
 pytestmark = pytest.mark.interpret
