@@ -12,18 +12,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..options import Options
-from . import large_tensor, portable, sgd_kernel, validate
-from .large_tensor import Large, Rate
+from . import portable, sgd_kernel, validate
+from .large_tensor import Large, Squares, Window, windows
 from .rates import Rates, rates_of
-from .small_batch import LARGEST, Batch, Scratch, batches, numbers
-from .square_norms import PLAIN, RANGE, flat, is_zero
+from .small_batch import LARGEST, Batch, Scratch, batches
+from .square_norms import PLAIN, RANGE, SQUARES, in_order, is_zero
 
 # Beyond these, factor·d may leave the dtype's range although the float64 product does not.
 _FACTORS = {torch.float32: (1e-30, 1e18), torch.float64: (1e-290, 1e140)}
@@ -62,25 +61,29 @@ def objection(
 
 
 class _Plan:
-    """The batches of small tensors, and the large ones. Holds none of the step's tensors."""
+    """The batches of small tensors and windows of large ones. Holds none of the step's tensors."""
 
     def __init__(
-        self, weights: Sequence[Tensor], buffers: Sequence[Tensor | None],
-        options: Sequence[Options], first: Sequence[bool],
+        self, weights: Sequence[Tensor], grads: Sequence[Tensor],
+        buffers: Sequence[Tensor | None], options: Sequence[Options], first: Sequence[bool],
     ):  # fmt: skip
+        dtypes = [compute_dtype(w) for w in weights]
+        seen: dict[Any, int] = {}
+        kinds = [
+            seen.setdefault((id(o), f, v is None), len(seen))
+            for o, f, v in zip(options, first, buffers, strict=True)
+        ]
         small: dict[torch.dtype, list[int]] = {}
-        self.large: list[int] = []
+        large = []
         for i, w in enumerate(weights):
             if w.numel() > LARGEST:
-                self.large.append(i)
+                large.append(i)
             else:
-                small.setdefault(compute_dtype(w), []).append(i)
-        kinds = [
-            (id(o), f, v is None) for o, f, v in zip(options, first, buffers, strict=True)
-        ]  # fmt: skip
+                small.setdefault(dtypes[i], []).append(i)
         self.batches: list[Batch] = []
         for dtype, index in small.items():
             self.batches += batches(index, weights, buffers, kinds, Scratch(dtype))
+        self.windows = windows(large, weights, grads, dtypes, kinds)
 
 
 class _Step:
@@ -96,7 +99,7 @@ class _Step:
         memo = {} if memo is None else memo
         some = True in first
         if some or (_PLAN, some) not in memo:
-            memo[_PLAN, some] = _Plan(weights, buffers, options, first)
+            memo[_PLAN, some] = _Plan(weights, grads, buffers, options, first)
         self.plan: _Plan = memo[_PLAN, some]
         self.measured = sums is not None
         self.sums: list[Any] = [()] * len(weights) if sums is None else sums.tolist()
@@ -108,32 +111,44 @@ class _Step:
         o = self.o[i]
         return (-o.weight_decay if o.maximize else o.weight_decay) * self.scale
 
-    def note(self, i: int, norms: tuple[float, float, float]) -> None:
-        """Store the norms of w, g and g + alpha·w, retaken in float64 if not trustworthy."""
-        if self._safe(i, norms):
-            s = self.scale
-            self.sums[i] = (norms[0] ** 2, (norms[1] / s) ** 2, (norms[2] / s) ** 2)
-        else:
-            w, g, o = self.w[i], self.g[i], self.o[i]
-            self.sums[i] = portable.square_sums_of([w], [g], [o], self.scale)[0].tolist()
-            self.extreme.add(i)
+    def note(self, index: Sequence[int], found: Squares) -> None:
+        """Store the squared norms of w, g and g + alpha·w, in float64 if they are out of range."""
+        low, high = SQUARES[compute_dtype(self.w[index[0]])]
+        d = () if math.isnan(found.d[0]) else found.d
+        every = (*found.w, *found.g, *d)
+        rows = list(zip(*found, strict=True))
+        if self.scale != 1:
+            s2 = self.scale * self.scale
+            rows = [(w, g / s2, d / s2) for w, g, d in rows]
+        if low <= min(every) and max(every) <= high and math.isfinite(sum(every)):
+            for i, row in zip(index, rows, strict=True):
+                self.sums[i] = row
+            return
+        for i, row, *squares in zip(index, rows, *found, strict=True):
+            if self._in_range(i, *squares):
+                self.sums[i] = row
+            else:
+                one = [self.w[i]], [self.g[i]], [self.o[i]]
+                self.sums[i] = portable.square_sums_of(*one, self.scale)[0].tolist()
+                self.extreme.add(i)
 
-    def _safe(self, i: int, norms: tuple[float, float, float]) -> bool:
-        low, high = RANGE[compute_dtype(self.w[i])]
-        for norm, t in zip(norms, (self.w[i], self.g[i]), strict=False):
+    def _in_range(self, i: int, w: float, g: float, d: float) -> bool:
+        low, high = SQUARES[compute_dtype(self.w[i])]
+        for square, t in ((w, self.w[i]), (g, self.g[i])):
             # Zeros are common: biases at initialisation, gradients of unused parameters.
-            if not low <= norm <= high and not (norm == 0 and is_zero(t)):
+            if not low <= square <= high and not (square == 0 and is_zero(t)):
                 return False
         exact = self.o[i].denominator == "decayed"
-        return not exact or low <= norms[2] <= high or norms == (0.0, 0.0, 0.0)
+        return not exact or low <= d <= high or (w, g, d) == (0.0, 0.0, 0.0)
 
     def rates(self, index: Sequence[int]) -> Rates:
         """How to update tensors that share options; some may turn out to be extreme."""
         i = index[0]
         o, has_buffer = self.o[i], self.v[i] is not None
         column = 2 if o.denominator == "decayed" else 1
-        w_norms = [math.sqrt(self.sums[k][0]) for k in index]
-        norms = [math.sqrt(self.sums[k][column]) for k in index]
+        sums = [self.sums[k] for k in index]
+        w_norms = [math.sqrt(row[0]) for row in sums]
+        norms = [math.sqrt(row[column]) for row in sums]
         rates = rates_of(w_norms, norms, o, float(o.lr), self.first[i], has_buffer)
         dtype = compute_dtype(self.w[i])
         low, high = (x * self.scale for x in _FACTORS[dtype])
@@ -154,11 +169,11 @@ class _Step:
         return rates
 
     def tensor(self, i: int, copy: Tensor | None = None) -> Large:
-        """Flat views of tensor i."""
+        """Contiguous views of tensor i."""
         v = self.v[i]
         return Large(
-            flat(self.w[i]), flat(self.g[i]), None if v is None else flat(v),
-            None if copy is None else flat(copy), compute_dtype(self.w[i]),
+            in_order(self.w[i]), in_order(self.g[i]), None if v is None else in_order(v),
+            None if copy is None else in_order(copy), compute_dtype(self.w[i]),
         )  # fmt: skip
 
     def measure_batch(self, batch: Batch) -> None:
@@ -169,23 +184,20 @@ class _Step:
         if self.measured:
             batch.decay(alphas)
             return
-        w_norms, g_norms = batch.norms("W"), batch.norms("D")
+        w, g = batch.squares("W"), batch.squares("D")
+        d = g
         batch.decay(alphas)
-        d_norms = batch.norms("D") if any(alphas) else g_norms
-        low, high = RANGE[batch.dtype]
-        every = (*w_norms, *g_norms, *d_norms)
-        s2 = self.scale * self.scale
-        if low <= min(every) and max(every) <= high and math.isfinite(sum(every)):
-            for i, w, g, d in zip(index, w_norms, g_norms, d_norms, strict=True):
-                self.sums[i] = (w * w, g * g / s2, d * d / s2)
-        else:
-            for i, *norms in zip(index, w_norms, g_norms, d_norms, strict=True):
-                self.note(i, tuple(norms))  # type: ignore[arg-type]
+        if any(alphas):
+            exact = any(self.o[run.at].denominator == "decayed" for run in batch.runs)
+            d = batch.squares("D") if exact else [math.nan] * len(index)
+        self.note(index, Squares(w, g, d))
 
-    def measure_large(self, i: int, t: Large) -> None:
+    def measure_window(self, window: Window, tensors: Sequence[Large]) -> None:
+        """For a window, the norms, unless they were passed in."""
         if not self.measured:
+            i = window.index[0]
             exact = self.o[i].denominator == "decayed"
-            self.note(i, large_tensor.norms(t, self.alpha(i), exact))
+            self.note(window.index, window.squares(tensors, self.alpha(i), exact))
 
 
 def step_(
@@ -193,8 +205,8 @@ def step_(
     copies: Sequence[Tensor | None], options: Sequence[Options], first: Sequence[bool],
     scale: Any = 1.0, sums: Tensor | None = None, found_inf: Tensor | None = None,
     memo: dict[Any, Any] | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """One step on a list of CPU tensors; see `torch_step.step_`."""
+) -> tuple[Any, list[float]]:  # fmt: skip
+    """One step on a list of CPU tensors; see `torch_step.step_`. Returns rows and ratios."""
     step = _Step(weights, grads, buffers, options, first, scale, sums, memo)
     if True in first:
         new = [v for v, f in zip(buffers, first, strict=True) if f and v is not None]
@@ -203,13 +215,8 @@ def step_(
     for batch in step.plan.batches:
         step.measure_batch(batch)
         _update_batch(step, batch, copies)
-    for i in step.plan.large:
-        t = step.tensor(i, copies[i])
-        step.measure_large(i, t)
-        rates, o = step.rates([i]), options[i]
-        if i not in step.extreme:
-            rate = Rate(rates.factors[0], rates.decays[0], rates.out)
-            large_tensor.update(t, rate, o.momentum, o.nesterov, o.maximize, step.scale)
+    for window in step.plan.windows:
+        _update_window(step, window, [step.tensor(i, copies[i]) for i in window.index])
     for i in sorted(step.extreme):
         one = None if sums is None else sums[i : i + 1]
         found = portable.step_(
@@ -217,7 +224,7 @@ def step_(
             one,
         )  # fmt: skip
         step.sums[i], step.ratios[i] = found[0][0].tolist(), float(found[1][0])
-    return _table(step) if sums is None else sums, numbers(step.ratios, torch.float64)
+    return step.sums if sums is None else sums, step.ratios
 
 
 def _update_batch(step: _Step, batch: Batch, copies: Sequence[Tensor | None]) -> None:
@@ -225,12 +232,12 @@ def _update_batch(step: _Step, batch: Batch, copies: Sequence[Tensor | None]) ->
     factors: list[float] = []
     outs, options, scale = [], [step.o[run.at] for run in batch.runs], step.scale
     for run, o in zip(batch.runs, options, strict=True):
-        rates = step.rates(index[run.rows])
+        rates = step.rates(index[run.tensors])
         sign = -1.0 / scale if o.maximize else 1.0 / scale
         factors += [sign * f for f in rates.factors]
         outs.append(rates.out)
         if not o.decay_zero_norm:
-            for k, decay in enumerate(rates.decays, run.rows.start):
+            for k, decay in enumerate(rates.decays, run.tensors.start):
                 if decay != o.weight_decay:
                     batch.undo_decay(k, step.g[index[k]])
     left = {k for k, i in enumerate(index) if i in step.extreme} if step.extreme else set()
@@ -241,8 +248,10 @@ def _update_batch(step: _Step, batch: Batch, copies: Sequence[Tensor | None]) ->
         )  # fmt: skip
 
 
-def _table(step: _Step) -> Tensor:
-    return numbers(chain.from_iterable(step.sums), torch.float64).view(-1, 3)
+def _update_window(step: _Step, window: Window, tensors: Sequence[Large]) -> None:
+    step.measure_window(window, tensors)
+    rates, o = step.rates(window.index), step.o[window.index[0]]
+    window.update(tensors, rates, o, step.scale, step.extreme)
 
 
 def square_sums_of(
@@ -256,6 +265,6 @@ def square_sums_of(
     step = _Step(weights, grads, [None] * n, options, [False] * n, scale, None, memo)
     for batch in step.plan.batches:
         step.measure_batch(batch)
-    for i in step.plan.large:
-        step.measure_large(i, step.tensor(i))
-    return _table(step)
+    for window in step.plan.windows:
+        step.measure_window(window, [step.tensor(i) for i in window.index])
+    return torch.tensor(step.sums, dtype=torch.float64, device="cpu")

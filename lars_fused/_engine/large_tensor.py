@@ -1,35 +1,30 @@
-"""One large tensor on a CPU, as 1-d views: its norms, immediately followed by its update.
+"""Large tensors on a CPU: norms, immediately followed by the update.
 
-Blocks are updated last first: the norms have just left the tail of w and g in the cache.
+What the kernel cannot express or store is widened block by block into scratch memory (`_staged`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Sequence
+from itertools import zip_longest
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..options import Options
 from . import sgd_kernel
-from .square_norms import STAGE, joined, partials
+from .rates import Rates
+from .square_norms import STAGE, blocks, joined, pair_norms, piece_count, piece_norms
 
-BLOCK = 1 << 18  # elements per call without conversion: w and g fit the last-level cache
+WINDOW = 1 << 22  # elements of w and g that a large cache still holds in part
 # 1 − (1 − factor) is off by at most 2^-54: from here up, 2 ulp of float64, 1/4 ulp of float32.
 LEAST_FACTOR = {torch.float32: 2.0**-28, torch.float64: 2.0**-3}
 
 
-class Rate(NamedTuple):
-    """The factors of one update."""
-
-    factor: float
-    decay: float
-    out: float
-
-
 class Large(NamedTuple):
-    """Flat views of one tensor's weight, gradient, momentum and copy; its compute dtype."""
+    """One tensor's weight, gradient, momentum and copy, contiguous; its compute dtype."""
 
     w: Tensor
     g: Tensor
@@ -37,137 +32,203 @@ class Large(NamedTuple):
     copy: Tensor | None
     dtype: torch.dtype
 
-
-def _blocks(n: int, size: int) -> Iterator[slice]:
-    for at in range(0, n, size):
-        yield slice(at, min(at + size, n))
-
-
-def _reversed(x: Tensor) -> list[Tensor]:
-    """Blocks of a 1-d tensor, the last one first."""
-    if x.numel() <= BLOCK:
-        return [x]
-    return [x[at] for at in _blocks(x.numel(), BLOCK)][::-1]
+    def kernel_fits(self, o: Options) -> bool:
+        """Whether the kernel can update it in place; its w and g have the compute dtype."""
+        v_fits = self.v is None or self.v.dtype == self.dtype or not o.momentum
+        return v_fits and self.copy is None and not o.nesterov
 
 
-def _stage(dtype: torch.dtype, n: int) -> Tensor:
-    return torch.empty(min(STAGE, n), dtype=dtype, device="cpu")
+class Squares(NamedTuple):
+    """N(w)², N(g)² and N(g + alpha·w)² of each tensor; NaN for the last if it is not known."""
+
+    w: Sequence[float]
+    g: Sequence[float]
+    d: Sequence[float]
 
 
-def norms(t: Large, alpha: float, exact: bool) -> tuple[float, float, float]:
-    """N(w), N(g), N(g + alpha·w).
+class Window:
+    """Adjacent large tensors of one kind: all norms first, then all updates.
 
-    Args:
-        t: the tensor.
-        alpha: the multiple of w that is added to g.
-        exact: compute g + alpha·w itself. Otherwise its squared norm is
-            N(g)² + 2·alpha·⟨w, g⟩ + alpha²·N(w)² with the dot product in the tensor's dtype within
-            a block: good enough for statistics, not for a denominator.
+    index: their positions in the step's lists.
     """
-    wide_w, wide_g = t.w.dtype != t.dtype, t.g.dtype != t.dtype
-    n = t.w.numel()
-    if n <= BLOCK and not (wide_w or wide_g or exact):
-        w_norm, g_norm = joined(partials(t.w), partials(t.g))
-        return _with_decayed(w_norm, g_norm, alpha, float(torch.dot(t.w, t.g)) if alpha else 0.0)
-    w_stage, g_stage, d_stage = (
-        _stage(t.dtype, n) if needed else None for needed in (wide_w, wide_g, exact)
-    )
-    parts: tuple[list[Tensor], ...] = ([], [], [])
-    product = 0.0
-    for at in _blocks(n, STAGE if wide_w or wide_g or exact else BLOCK):
-        w, g = t.w[at], t.g[at]
-        if w_stage is not None:
-            w = w_stage[: w.numel()].copy_(w)
-        if g_stage is not None:
-            g = g_stage[: g.numel()].copy_(g)
-        parts[0].extend(partials(w))
-        parts[1].extend(partials(g))
-        if d_stage is not None:
-            d = torch.add(g, w, alpha=alpha, out=d_stage[: w.numel()])
-            parts[2].extend(partials(d))
-        elif alpha:
-            product += float(torch.dot(w, g))
-    if exact:
-        w_norm, g_norm, d_norm = joined(*parts)
-        return w_norm, g_norm, d_norm
-    w_norm, g_norm = joined(*parts[:2])
-    return _with_decayed(w_norm, g_norm, alpha, product)
+
+    def __init__(self, index: list[int], numels: Sequence[int], dtype: torch.dtype, plain: bool):
+        """Prepare for tensors of these sizes. `plain`: none needs to be widened."""
+        self.index, self._plain = index, plain
+        self._stages: list[_Stage] = []  # from the norms of a step to its update
+        counts = [piece_count(n) for n in numels]
+        if plain:
+            # Written in later steps, which may run outside of inference mode.
+            with torch.inference_mode(False), torch.no_grad():
+                self._table = torch.zeros(2 * len(index), max(counts), dtype=dtype, device="cpu")
+            rows = [row[: counts[k // 2]] for k, row in enumerate(self._table)]
+            self._rows = list(zip(rows[::2], rows[1::2], strict=True))
+
+    def squares(self, tensors: Sequence[Large], alpha: float, exact: bool) -> Squares:
+        """The squared norms of its tensors.
+
+        Args:
+            tensors: in the order of `index`.
+            alpha: the multiple of w that is added to g.
+            exact: whether N(g + alpha·w) is needed.
+        """
+        if not self._plain or (exact and alpha):
+            self._stages = [_Stage(t.w, t.dtype) for t in tensors]
+            each = [
+                _squares_in_stages(t, alpha, exact, stage)
+                for t, stage in zip(tensors, self._stages, strict=True)
+            ]
+            return Squares(*map(list, zip(*each, strict=True)))
+        for t, (w, g) in zip(tensors, self._rows, strict=True):
+            piece_norms(t.w, w)
+            piece_norms(t.g, g)
+        found = joined(self._table)
+        w, g = found[::2], found[1::2]
+        return Squares(w, g, [math.nan] * len(tensors) if alpha else g)
+
+    def update(
+        self, tensors: Sequence[Large], rates: Rates, o: Options, scale: float, left: set[int]
+    ) -> None:
+        """Update its tensors, the last one first: it has just left the most in the cache.
+
+        Args:
+            tensors: in the order of `index`.
+            rates: the factors of each.
+            o: their options.
+            scale: the loss scale.
+            left: indices that are not updated.
+        """
+        stages: Sequence[_Stage | None] = self._stages or [None] * len(tensors)
+        self._stages = []
+        each = list(zip(self.index, tensors, rates.factors, rates.decays, stages, strict=True))
+        for i, t, factor, decay, stage in reversed(each):
+            if i in left:
+                continue
+            factor /= scale
+            if self._plain and t.kernel_fits(o) and expressible(factor, t.dtype):
+                _update(t, factor, decay * scale, rates.out, o)
+            else:
+                stage = stage or _Stage(t.w, t.dtype)
+                _update_in_stages(t, factor, decay * scale, rates.out, o, stage)
 
 
-def _with_decayed(
-    w_norm: float, g_norm: float, alpha: float, product: float
+def windows(
+    index: Sequence[int], weights: Sequence[Tensor], grads: Sequence[Tensor],
+    dtypes: Sequence[torch.dtype], kinds: Sequence[int],
+) -> list[Window]:  # fmt: skip
+    """Split large tensors into windows.
+
+    `dtypes`: in which each is computed. `kinds`: only tensors of equal kind share a window.
+    """
+    groups: dict[tuple[int, torch.dtype, bool], list[list[int]]] = {}
+    for i in index:
+        plain = weights[i].dtype == grads[i].dtype == dtypes[i]
+        same = groups.setdefault((kinds[i], dtypes[i], plain), [[]])
+        full = sum(weights[k].numel() for k in (*same[-1], i)) > WINDOW
+        # What is widened goes alone: its last block is then still there for the update.
+        if same[-1] and (full or not plain):
+            same.append([])
+        same[-1].append(i)
+    return [
+        Window(window, [weights[i].numel() for i in window], dtype, plain)
+        for (_, dtype, plain), found in groups.items()
+        for window in found
+    ]
+
+
+class _Stage:
+    """Memory in which blocks of tensors are widened, a pair at a time."""
+
+    def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
+        self._memory = torch.empty(2 * min(STAGE, like.numel()), dtype=dtype, device="cpu")
+        self._views: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self.filled_from = 0
+        """The address of the block of w that it holds, beside that of g; 0 for none."""
+
+    def pair(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Memory for two blocks of this size, one after the other: both, the first, the second."""
+        if size not in self._views:  # at most two: of whole blocks, and of a tensor's last
+            both = self._memory[: 2 * size]
+            self._views[size] = both, both[:size], both[size:]
+        return self._views[size]
+
+
+def _squares_in_stages(
+    t: Large, alpha: float, exact: bool, stage: _Stage
 ) -> tuple[float, float, float]:
-    """N(w), N(g), and N(g + alpha·w) from ⟨w, g⟩."""
-    if not alpha:
-        return w_norm, g_norm, g_norm
-    square = g_norm * g_norm + 2 * alpha * product + (alpha * w_norm) ** 2
-    return w_norm, g_norm, math.sqrt(square) if square > 0 else 0.0
+    """N(w)², N(g)², and if `exact`, N(g + alpha·w)². Leaves the last block in the stage."""
+    wide = not (t.w.dtype == t.g.dtype == t.dtype)
+    parts, exact_parts = [], []
+    for w, g in zip(blocks(t.w, STAGE), blocks(t.g, STAGE), strict=True):
+        both, first, second = stage.pair(w.numel())
+        if wide:
+            stage.filled_from = w.data_ptr()
+            w, g = first.copy_(w), second.copy_(g)
+            parts.append(pair_norms(both))
+        else:
+            parts.append(torch.stack([piece_norms(w), piece_norms(g)]))
+        if exact:
+            stage.filled_from = 0
+            exact_parts.append(piece_norms(torch.add(g, w, alpha=alpha, out=second)))
+    w2, g2 = joined(torch.cat(parts, 1))
+    d2 = joined(torch.cat(exact_parts)[None])[0] if exact else math.nan if alpha else g2
+    return w2, g2, d2
 
 
-def _expressible(factor: float, dtype: torch.dtype) -> bool:
+def expressible(factor: float, dtype: torch.dtype) -> bool:
     """Whether the kernel can have the factor as its 1 − dampening."""
     return factor == 0 or factor >= LEAST_FACTOR[dtype]
 
 
-def update(
-    t: Large, rate: Rate, momentum: float, nesterov: bool, maximize: bool, scale: float
+def _update(t: Large, factor: float, alpha: float, out: float, o: Options) -> None:
+    """V ← μv + factor·(±g + alpha·w), w ← w − out·v."""
+    if t.v is None or not o.momentum:
+        # Without a buffer the kernel has no dampening, so the factor goes into its lr.
+        sgd_kernel.run(
+            [t.w], [t.g], [], keep=1.0, decay=alpha, momentum=0.0, lr=out * factor,
+            maximize=o.maximize,
+        )  # fmt: skip
+    else:
+        sgd_kernel.run(
+            [t.w], [t.g], [t.v], keep=factor, decay=alpha, momentum=o.momentum, lr=out,
+            maximize=o.maximize,
+        )  # fmt: skip
+
+
+def _update_in_stages(
+    t: Large, factor: float, alpha: float, out: float, o: Options, stage: _Stage
 ) -> None:
-    """One update: v ← μv + factor·d, w ← w − out·v with d = ±g/scale + decay·w."""
-    held = t.v if momentum else None
-    factor = rate.factor / scale
-    if (
-        not nesterov
-        and _expressible(factor, t.dtype)
-        and t.copy is None
-        and t.w.dtype == t.g.dtype == t.dtype == (t.dtype if held is None else held.dtype)
-    ):
-        w, g = _reversed(t.w), _reversed(t.g)
-        if held is None:
-            # Without a buffer the kernel has no dampening, so the factor goes into its lr.
-            sgd_kernel.run(
-                w, g, [], keep=1.0, decay=rate.decay * scale, momentum=0.0,
-                lr=rate.out * factor, maximize=maximize,
-            )  # fmt: skip
-        else:
-            sgd_kernel.run(
-                w, g, _reversed(held), keep=factor, decay=rate.decay * scale,
-                momentum=momentum, lr=rate.out, maximize=maximize,
-            )  # fmt: skip
-        return
-    _update_widened(t, held, rate, factor, momentum, nesterov, maximize, scale)
-
-
-def _update_widened(
-    t: Large, held: Tensor | None, rate: Rate, factor: float, momentum: float, nesterov: bool,
-    maximize: bool, scale: float,
-) -> None:  # fmt: skip
-    n = t.w.numel()
-    fold = held is not None and not nesterov and _expressible(factor, t.dtype)
-    d_stage = _stage(t.dtype, n)
-    w_stage = _stage(t.dtype, n) if t.w.dtype != t.dtype else None
-    v_stage = _stage(t.dtype, n) if held is not None and held.dtype != t.dtype else None
-    alpha = (-rate.decay if maximize else rate.decay) * scale
-    for at in reversed([*_blocks(n, STAGE)]):
-        stored = w = t.w[at]
-        size = w.numel()
-        if w_stage is not None:
-            w = w_stage[:size].copy_(w)
-        d = d_stage[:size].copy_(t.g[at])
+    """The same for what `_update` cannot express or store, with `nesterov` and `copy`."""
+    held = t.v if o.momentum else None
+    fold = held is not None and not o.nesterov and expressible(factor, t.dtype)
+    options: dict[str, Any] = {"momentum": o.momentum if held is not None else 0.0, "lr": out}
+    options["nesterov"] = o.nesterov
+    if fold:
+        options |= {"keep": factor, "decay": alpha, "maximize": o.maximize}
+    else:
+        options |= {"keep": 1.0, "decay": 0.0}
+    sign = -1.0 if o.maximize else 1.0
+    v_stage = None
+    if held is not None and held.dtype != t.dtype:
+        v_stage = torch.empty(min(STAGE, held.numel()), dtype=t.dtype, device="cpu")
+    lists = [[None] if x is None else blocks(x, STAGE) for x in (t.w, t.g, held, t.copy)]
+    for w, g, v, copy in reversed([*zip_longest(*lists)]):
+        assert w is not None
+        assert g is not None
+        _, first, second = stage.pair(w.numel())
+        filled = stage.filled_from == w.data_ptr()
+        stage.filled_from = 0
+        wide_w = w if w.dtype == t.dtype else first if filled else first.copy_(w)
+        wide_v = v if v is None or v_stage is None else v_stage[: v.numel()].copy_(v)
+        d = second if filled else second.copy_(g)
         if not fold:
             if alpha:
-                d.add_(w, alpha=alpha)
-            d.mul_(-factor if maximize else factor)
-        kept = v = None if held is None else held[at]
-        if v_stage is not None and kept is not None:
-            v = v_stage[:size].copy_(kept)
-        sgd_kernel.run(
-            [w], [d], [] if v is None else [v], keep=factor if fold else 1.0,
-            decay=rate.decay * scale if fold else 0.0, momentum=momentum, lr=rate.out,
-            nesterov=nesterov, maximize=maximize and fold,
-        )  # fmt: skip
-        if w_stage is not None:
-            stored.copy_(w)
-        if v_stage is not None and kept is not None and v is not None:
-            kept.copy_(v)
-        if t.copy is not None:
-            t.copy[at].copy_(w)
+                d.add_(wide_w, alpha=sign * alpha)
+            d.mul_(sign * factor)
+        sgd_kernel.run([wide_w], [d], [] if wide_v is None else [wide_v], **options)
+        if wide_w is not w:
+            w.copy_(wide_w)
+        if v is not None and wide_v is not None and wide_v is not v:
+            v.copy_(wide_v)
+        if copy is not None:
+            copy.copy_(wide_w)

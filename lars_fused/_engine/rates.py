@@ -40,7 +40,7 @@ def trust_ratios(
         return [1.0] * n, [decay] * n
     trust, eps, share = o.trust_coefficient, o.eps, decay if o.denominator == "sum" else 0.0
     pairs = list(zip(w_norms, norms, strict=True))
-    if all(map(all, pairs)):
+    if 0.0 not in w_norms and 0.0 not in norms:
         ratios = [trust * w / (x + share * w + eps) for w, x in pairs]
         decays = [decay] * n
     else:

@@ -1,13 +1,15 @@
 """Many small tensors as rows of two matrices: norms and updates in a dozen calls.
 
-A row holds one tensor in memory order, padded with zeros. The gradient's row becomes factor·d, so
-that one call of the SGD kernel updates every tensor, each with its own trust ratio.
+A tensor takes one or more rows, in memory order, the last one padded with zeros. Its gradient's
+rows become factor·d, so that one call of the SGD kernel updates every tensor, each with its own
+trust ratio.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from itertools import accumulate, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -15,10 +17,10 @@ from torch import Tensor
 
 from ..options import Options
 from . import sgd_kernel
-from .square_norms import PIECE
 
 LARGEST = 1 << 14  # elements; beyond, separate calls are cheaper than the copies
 ROOM = 1 << 16  # elements per matrix: both fit a core's second-level cache
+ROWS = (16, 64, 512)  # lengths of a row, for tensors up to this size; the last for all others
 _norm = torch.linalg.vector_norm
 
 
@@ -28,22 +30,21 @@ def numbers(values: Any, dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(array(code, values), dtype=dtype)
 
 
-def width(numel: int) -> int:
+def row_length(numel: int) -> int:
     """The row length for a tensor of this many elements."""
-    if numel > PIECE:
-        return -(-numel // PIECE) * PIECE
-    return 1 << max(4, (numel - 1).bit_length())
+    return next((row for row in ROWS if numel <= row), ROWS[-1])
 
 
 class Run(NamedTuple):
-    """Adjacent rows whose tensors agree in options, in first step, and in having a buffer."""
+    """Adjacent tensors that agree in options, in first step, and in having a buffer."""
 
+    tensors: slice  # of the batch
     rows: slice
     at: int  # index of the first in the step's lists
 
 
 class Scratch:
-    """Memory for the rows of one batch at a time: W, D and, if requested, V."""
+    """Memory for one batch at a time: W and D, one after the other, and, if requested, V."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -51,11 +52,11 @@ class Scratch:
         self._held: dict[str, Tensor] = {}
 
     def flat(self, name: str, size: int) -> Tensor:
-        """At least `size` elements at a stable address; `size` is at most ROOM."""
+        """At least `size` elements at a stable address; `size` is at most 2·ROOM."""
         if name not in self._held:
             # Written in later steps, which may run outside of inference mode.
             with torch.inference_mode(False), torch.no_grad():
-                self._held[name] = torch.zeros(ROOM, dtype=self.dtype, device="cpu")
+                self._held[name] = torch.zeros(2 * ROOM, dtype=self.dtype, device="cpu")
         return self._held[name][:size]
 
 
@@ -64,51 +65,58 @@ class Batch:
 
     def __init__(
         self, index: list[int], row: int, scratch: Scratch, weights: Sequence[Tensor],
-        buffers: Sequence[Tensor | None], kinds: Sequence[Any],
+        buffers: Sequence[Tensor | None], kinds: Sequence[int],
     ):  # fmt: skip
         self.index, self.dtype, self._scratch = index, scratch.dtype, scratch
-        n, size = len(index), len(index) * row
+        n = len(index)
+        self._counts = counts = [max(1, -(-weights[i].numel() // row)) for i in index]
+        first = [0, *accumulate(counts)]  # row of each tensor
+        size = first[-1] * row
+        self._flat = scratch.flat("WD", 2 * size)
+        self._w, self._d = self._flat.view(2, first[-1], row)
         starts = [k for k in range(n) if k == 0 or kinds[index[k]] != kinds[index[k - 1]]]
         self.runs = [
-            Run(slice(a, b), index[a]) for a, b in zip(starts, [*starts[1:], n], strict=True)
+            Run(slice(a, b), slice(first[a], first[b]), index[a])
+            for a, b in zip(starts, [*starts[1:], n], strict=True)
         ]
-        flat = {name: scratch.flat(name, size) for name in "WD"}
-        pieces = (n, row) if row <= PIECE else (n, row // PIECE, PIECE)
-        self._w, self._d = flat["W"], flat["D"]
-        self._pieces = {name: t.view(pieces) for name, t in flat.items()}
-        self._matrix = {name: t.view(n, row) for name, t in flat.items()}
+        # The tensor of each row; None if each has one row.
+        owners = torch.tensor([k for k in range(n) for _ in range(counts[k])], device="cpu")
+        self._owners = owners if max(counts) > 1 else None
         # What the kernel cannot update in place is updated in its row and copied back.
         self._wide_w = [weights[i].dtype != self.dtype for i in index]
         held = [buffers[i] for i in index]
         self._wide_v = [v is not None and v.dtype != self.dtype for v in held]
         self._wide = any(self._wide_w) or any(self._wide_v)
+        matrices = {"W": self._flat[:size], "D": self._flat[size:]}
         if any(self._wide_v):
-            flat["V"] = scratch.flat("V", size)
+            matrices["V"] = scratch.flat("V", size)
         self._rows = {
             name: [
                 t.as_strided(w.size(), w.stride(), t.storage_offset() + at * row)
-                for at, w in enumerate(weights[i] for i in index)
+                for at, w in zip(first, (weights[i] for i in index), strict=False)
             ]
-            for name, t in flat.items()
+            for name, t in matrices.items()
         }
+        self._both = self._rows["W"] + self._rows["D"]
 
     def load(self, weights: list[Tensor], grads: list[Tensor]) -> None:
         """W ← w, D ← g."""
         if self._scratch.clean_for is not self:
-            self._w.zero_()
-            self._d.zero_()
+            self._flat.zero_()
         self._scratch.clean_for = self
-        torch._foreach_copy_(self._rows["W"], weights)
-        torch._foreach_copy_(self._rows["D"], grads)
+        if weights[0].dtype == grads[0].dtype:
+            torch._foreach_copy_(self._both, weights + grads)
+        else:
+            torch._foreach_copy_(self._rows["W"], weights)
+            torch._foreach_copy_(self._rows["D"], grads)
 
     def decay(self, alphas: list[float]) -> None:
         """D ← D + alpha·W, one alpha per run."""
         if len(set(alphas)) == 1:
             self._decay(self._d, self._w, alphas[0])
             return
-        d, w = self._matrix["D"], self._matrix["W"]
         for run, alpha in zip(self.runs, alphas, strict=True):
-            self._decay(d[run.rows], w[run.rows], alpha)
+            self._decay(self._d[run.rows], self._w[run.rows], alpha)
 
     def _decay(self, d: Tensor, w: Tensor, alpha: float) -> None:
         if not alpha:
@@ -120,52 +128,57 @@ class Batch:
         if alpha != rounded:
             d.add_(w, alpha=alpha - rounded)
 
-    def undo_decay(self, k: int, g: Tensor) -> None:
-        """D ← g in one row: the layer has a zero norm and must not decay."""
-        self._rows["D"][k].copy_(g)
+    def squares(self, name: str) -> list[float]:
+        """The squared norms of each tensor's rows in W or D."""
+        # On the host: with cold caches an operator costs as much as a hundred of these numbers.
+        norms = _norm(self._w if name == "W" else self._d, dim=1).tolist()
+        squares = [norm * norm for norm in norms]
+        if self._owners is None:
+            return squares
+        rest = iter(squares)
+        return [sum(islice(rest, count)) for count in self._counts]
 
-    def norms(self, name: str) -> list[float]:
-        """The norm of each row of W or D."""
-        found = _norm(self._pieces[name], dim=-1)
-        if found.dim() > 1:
-            found = _norm(found, dim=1, dtype=torch.float64)
-        norms: list[float] = found.tolist()
-        return norms
+    def undo_decay(self, k: int, g: Tensor) -> None:
+        """D ← g in one tensor: the layer has a zero norm and must not decay."""
+        self._rows["D"][k].copy_(g)
 
     def update(
         self, weights: list[Tensor], buffers: list[Any], copies: list[Tensor | None],
         options: Sequence[Options], outs: list[float], factors: list[float], left: set[int],
     ) -> None:  # fmt: skip
-        """D ← factor·D, then the kernel on all rows except `left`.
+        """D ← factor·D, then the kernel on all tensors except `left`.
 
         Args:
-            weights: the tensors of the rows; likewise `buffers` and `copies`.
+            weights: of the batch; likewise `buffers` and `copies`.
             buffers: a tensor if the options of its run have momentum, else None.
             copies: what else is set to the new weight.
             options: of each run; likewise `outs`.
             outs: the factor of the momentum buffer in the update.
-            factors: of each row.
-            left: rows that are not updated.
+            factors: of each tensor.
+            left: tensors that are not updated.
         """
         if not all(-3e38 < f < 3e38 for f in factors):
             self._scratch.clean_for = None  # the padding may hold 0 · inf
-        self._matrix["D"].mul_(numbers(factors, self.dtype).unsqueeze(1))
+        column = numbers(factors, self.dtype)
+        if self._owners is not None:
+            column = column[self._owners]
+        self._d.mul_(column.unsqueeze(1))
         kinds: dict[tuple[float, float, bool], list[int]] = {}
         for run, o, out in zip(self.runs, options, outs, strict=True):
-            momentum = o.momentum if buffers[run.rows.start] is not None else 0.0
-            rows = kinds.setdefault((out, momentum, o.nesterov), [])
-            rows.extend(range(run.rows.start, run.rows.stop))
+            momentum = o.momentum if buffers[run.tensors.start] is not None else 0.0
+            members = kinds.setdefault((out, momentum, o.nesterov), [])
+            members.extend(range(run.tensors.start, run.tensors.stop))
         whole = len(kinds) == 1 and not left
         if not whole:
-            kinds = {key: [k for k in rows if k not in left] for key, rows in kinds.items()}
+            kinds = {key: [k for k in some if k not in left] for key, some in kinds.items()}
         back: tuple[list[Tensor], list[Tensor]] = ([], [])
         targets, momenta = weights, buffers
         if self._wide:
             targets, momenta = self._widened(weights, buffers, back)
-        for (out, momentum, nesterov), rows in kinds.items():
+        for (out, momentum, nesterov), some in kinds.items():
             w, d, v = targets, self._rows["D"], momenta
             if not whole:
-                w, d, v = ([column[k] for k in rows] for column in (w, d, v))
+                w, d, v = ([column[k] for k in some] for column in (w, d, v))
             sgd_kernel.run(
                 w, d, v if momentum else [], keep=1.0, decay=0.0, momentum=momentum, lr=out,
                 nesterov=nesterov,
@@ -197,19 +210,24 @@ class Batch:
 
 def batches(
     index: Sequence[int], weights: Sequence[Tensor], buffers: Sequence[Tensor | None],
-    kinds: Sequence[Any], scratch: Scratch,
+    kinds: Sequence[int], scratch: Scratch,
 ) -> list[Batch]:  # fmt: skip
     """Split small tensors into batches of equal row length that fit the scratch memory.
 
     `kinds`: tensors of equal kind become adjacent and form a run.
     """
-    seen: dict[Any, int] = {}
-    place = [seen.setdefault(kind, len(seen)) for kind in kinds]
-    by_width: dict[int, list[int]] = {}
-    for i in sorted(index, key=place.__getitem__):
-        by_width.setdefault(width(weights[i].numel()), []).append(i)
+    by_row: dict[int, list[list[int]]] = {}
+    room: dict[int, int] = {}
+    for i in sorted(index, key=kinds.__getitem__):
+        row = row_length(weights[i].numel())
+        needed = max(1, -(-weights[i].numel() // row)) * row
+        if needed > room.get(row, 0):
+            by_row.setdefault(row, []).append([])
+            room[row] = ROOM
+        by_row[row][-1].append(i)
+        room[row] -= needed
     return [
-        Batch(same[at : at + ROOM // row], row, scratch, weights, buffers, place)
-        for row, same in sorted(by_width.items())
-        for at in range(0, len(same), ROOM // row)
+        Batch(some, row, scratch, weights, buffers, kinds)
+        for row, found in sorted(by_row.items())
+        for some in found
     ]

@@ -3,15 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..options import Options
+from . import decayed_norm, torch_step
 from . import tensors as step_tensors
-from . import torch_step
 from .tensors import Scaling, StepTensors
+
+Tables = tuple[Tensor, Tensor, Tensor]
+
+
+class _Taken(NamedTuple):
+    """One step on a CPU."""
+
+    found: torch_step.Found
+    options: list[Options]
+    scale: float
+    whole: bool  # each tensor is a whole layer, not a shard
+
+    def tables(self, now: StepTensors | None = None) -> Tables:
+        """Squared norms, ratios, learning rates. `now`: the step's tensors, to find N(d) from."""
+        sums, ratios = self.found.tables()
+        lr = torch_step.learning_rates(self.options, ratios)
+        if now is not None and self.whole:
+            for i in sums[:, 2].isnan().nonzero().view(-1).tolist():
+                known: tuple[float, float] = tuple(sums[i, :2].tolist())
+                sums[i, 2] = decayed_norm.square(
+                    now.weights[i], now.grads[i], now.buffers[i], self.options[i], float(lr[i]),
+                    float(ratios[i]), self.scale, known,
+                )  # fmt: skip
+        return sums, ratios, lr
 
 
 class TorchPart:
@@ -22,7 +46,8 @@ class TorchPart:
         self._taken = 0
         self._flagged: Tensor | None = None  # steps that a flag on the device did not skip
         self._memo: dict[Any, Any] = {}  # torch_step's preparation for these tensors
-        self._result: tuple[Tensor, Tensor, Tensor] | None = None
+        self._last: _Taken | None = None  # on a CPU
+        self._tables: Tables | None = None  # elsewhere
 
     def run(
         self, tensors: StepTensors, groups: Sequence[int], options: Sequence[Options],
@@ -42,22 +67,25 @@ class TorchPart:
             if float(flag) != 0:
                 return
             flag = None
-        own = self._options(groups, options)
-        first = self._first_now(own)
-        sums, ratios = torch_step.step_(
-            *tensors.select(self.index)[:4], own, first, self._scale(scaling), whole, flag,
-            memo=self._memo,
-        )  # fmt: skip
-        found = sums, ratios, torch_step.learning_rates(own, ratios)
+        own, scale = self._options(groups, options), self._scale(scaling)
+        mine = tensors if len(self.index) == len(tensors.weights) else tensors.select(self.index)
+        found = torch_step.step_(
+            *mine[:4], own, self._first_now(own), scale, whole, flag, memo=self._memo
+        )
+        if self.device.type == "cpu":
+            self._last = _Taken(found, own, float(scale), whole is None)
+        else:
+            sums, ratios = found.tables()
+            tables = sums, ratios, torch_step.learning_rates(own, ratios)
+            if flag is not None:
+                passed = flag.to(self.device).reshape(()) == 0
+                if self._tables is not None:
+                    a, b, c = map(torch.where, [passed] * 3, tables, self._tables)
+                    tables = a, b, c
+                self._flagged = passed.long() + (0 if self._flagged is None else self._flagged)
+            self._tables = tables
         if flag is None:
             self._first, self._taken = [False] * len(self.index), self._taken + 1
-        else:
-            passed = flag.to(self.device).reshape(()) == 0
-            if self._result is not None:
-                a, b, c = map(torch.where, [passed] * 3, found, self._result)
-                found = a, b, c
-            self._flagged = passed.long() + (0 if self._flagged is None else self._flagged)
-        self._result = found
 
     def _first_now(self, own: list[Options]) -> list[bool]:
         """Whether this is a tensor's first step, synchronising only if necessary."""
@@ -80,17 +108,25 @@ class TorchPart:
         )
 
     def _options(self, groups: Sequence[int], options: Sequence[Options]) -> list[Options]:
-        return [options[groups[i]] for i in self.index]
+        own = [options[groups[i]] for i in self.index]
+        if self.device.type == "cpu" and any(isinstance(o.lr, Tensor) for o in options):
+            return [o._replace(lr=float(o.lr)) for o in own]  # the tensor may be written later
+        return own
 
     def _scale(self, scaling: Scaling) -> float | Tensor:
         scale = scaling.grad_scale
         return 1.0 if scale is None else scale.to(self.device).double()
 
-    def results(self) -> tuple[list[int], Tensor, Tensor] | None:
-        """Each tensor's index, sums, and [q, γq] in the last step that was taken."""
-        if self._result is None:
+    def results(self, now: StepTensors | None = None) -> tuple[list[int], Tensor, Tensor] | None:
+        """Each tensor's index, sums, and [q, γq] in the last step that was taken.
+
+        `now`: the tensors of the whole step, if N(g + βw) is wanted where the step did without.
+        """
+        mine = None if now is None else now.select(self.index)
+        tables = self._tables if self._last is None else self._last.tables(mine)
+        if tables is None:
             return None
-        sums, ratios, lr = self._result
+        sums, ratios, lr = tables
         return self.index, sums, torch.stack([ratios, ratios * lr], 1)
 
     def steps_taken(self) -> int:

@@ -8,7 +8,7 @@ tensors that neither supports: float64, piece by piece.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,12 +37,29 @@ def partition(
     return found
 
 
+class Found(NamedTuple):
+    """What a step measured. On a CPU these are numbers: tables are only made if somebody asks."""
+
+    parts: dict[str, list[int]]
+    measured: list[tuple[Any, Any]]
+
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """Squared norms and trust ratios, float64 (float32 if the device lacks it).
+
+        Returns:
+            [n, 3]: N(w)², N(g)², N(d)² with gradients divided by the loss scale, NaN for what the
+            step did not need; and [n]: trust ratios.
+        """
+        sums, ratios = zip(*self.measured, strict=True)
+        return _in_order(self.parts, sums), _in_order(self.parts, ratios)
+
+
 def step_(
     weights: Sequence[Tensor], grads: Sequence[Tensor], buffers: Sequence[Tensor | None],
     copies: Sequence[Tensor | None], options: Sequence[Options], first: Sequence[bool],
     scale: Any = 1.0, sums: Tensor | None = None, found_inf: Tensor | None = None,
     backend: str | None = None, memo: dict[Any, Any] | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> Found:  # fmt: skip
     """One step on a list of tensors of one device, in place.
 
     Args:
@@ -62,8 +79,7 @@ def step_(
             strides, dtypes and devices; saves partitioning and preparing them again.
 
     Returns:
-        float64 (float32 if the device lacks it) [n, 3]: N(w)², N(g)², N(d)² with gradients divided
-        by `scale`; and [n]: trust ratios.
+        What was measured on the way.
     """
     memo = {} if memo is None else memo
     parts = _parts(memo, weights, grads, buffers, copies, options, first, backend)
@@ -78,7 +94,7 @@ def step_(
         else:
             own = memo.setdefault(name, {})
             found.append(BACKENDS[name].step_(*chosen, scale, part, found_inf, own))
-    return _in_order(parts, [a for a, _ in found]), _in_order(parts, [b for _, b in found])
+    return Found(parts, found)
 
 
 def square_sums_of(
@@ -127,8 +143,10 @@ def _parts(memo: dict[Any, Any], weights: Sequence[Tensor], *rest: Any) -> dict[
     return parts
 
 
-def _in_order(parts: dict[str, list[int]], rows: list[Tensor]) -> Tensor:
+def _in_order(parts: dict[str, list[int]], found: Sequence[Any]) -> Tensor:
     """Join the rows of several parts into one table in the order of the tensors."""
+    rows = [r if isinstance(r, Tensor) else torch.tensor(r, dtype=torch.float64, device="cpu")
+            for r in found]  # fmt: skip
     if len(rows) == 1:
         return rows[0]
     index = [i for part in parts.values() for i in part]

@@ -39,7 +39,7 @@ def step(w, g, v, options, first=None, **more):
     n = len(w)
     options = options if isinstance(options, list) else [options] * n
     first = first or [False] * n
-    return torch_step.step_(w, g, v, [None] * n, options, first, backend="foreach", **more)
+    return torch_step.step_(w, g, v, [None] * n, options, first, backend="foreach", **more).tables()
 
 
 def counted(count, options, **more):

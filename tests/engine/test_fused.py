@@ -8,7 +8,7 @@ import torch
 
 from bench.cases import Case, model_case, sweep_case
 from lars_fused import LARS
-from lars_fused._engine import fused, large_tensor, portable, sgd_kernel, small_batch, torch_step
+from lars_fused._engine import fused, portable, sgd_kernel, small_batch, torch_step
 from lars_fused.reference import Options
 from tests.cases import TERMS, bits
 from tests.engine.test_torch_step import BF16, F16, F32, F64, SHAPES, check, clones, lists, truth_of
@@ -74,15 +74,16 @@ def test_the_kernel_is_tried_before_it_is_trusted(monkeypatch):
 
 
 def test_layouts_that_the_kernel_would_walk_wrongly_do_not_reach_it(calls):
-    base, wide = torch.randn(40, 2), torch.randn(8, 10)
+    column, wide = torch.randn(3, 40, 2)[..., 0], torch.randn(8, 10)
     assert sgd_kernel.trusted(F32)
     del calls[:]
-    for w, g in (
-        (base[:, 0], torch.randn(40)),  # strided: the sibling column would be written
-        (wide, torch.randn(10, 8).t()),  # gradient's strides differ: wrong numbers
-        (torch.randn(4, 3, 5, 2), torch.randn(4, 3, 5, 2).to(memory_format=torch.channels_last)),
-    ):
-        v = torch.zeros(w.shape)
+    for w, g, v in (
+        column.unbind(),  # strided alike: the sibling column would be written
+        (wide, torch.randn(10, 8).t(), torch.zeros(8, 10)),  # other strides: wrong numbers
+        (wide, torch.randn(8, 10), torch.zeros(10, 8).t()),
+        (wide.view(4, 2, 5, 2), torch.randn(4, 2, 5, 2).to(memory_format=torch.channels_last),
+         torch.zeros(4, 2, 5, 2)),
+    ):  # fmt: skip
         step([w], [g], [v], Options(**TERMS))
     assert calls == []
     w, g = (torch.randn(4, 3, 5, 2).to(memory_format=torch.channels_last) for _ in range(2))
@@ -243,12 +244,14 @@ LARGE = Case("large", "fp32", [(str(i), (1024, 1024)) for i in range(4)])
 
 
 @pytest.mark.parametrize(
-    ("case", "samples"), [(sweep_case(10_000), 300), (LARGE, 60)], ids=["small", "large"]
+    ("case", "samples", "bound"),
+    [(sweep_case(10_000), 300, 3.2), (LARGE, 60, 2.2)],
+    ids=["small", "large"],
 )
-def test_a_step_costs_little_more_than_sgd(case, samples):
-    """Before this backend it was 30 times and more. The bench has the exact figures."""
+def test_a_step_costs_little_more_than_sgd(case, samples, bound):
+    """Measured 2.7 and 1.8 on one thread, 30 by the reference. The bench has the exact figures."""
     ours, sgd = optimizers(case)
-    assert ratio(ours, sgd, samples) <= 4.0
+    assert ratio(ours, sgd, samples) <= bound
 
 
 def test_norms_cost_little_more_than_torch(monkeypatch):
@@ -260,11 +263,11 @@ def test_norms_cost_little_more_than_torch(monkeypatch):
         lambda: torch._foreach_norm(tensors),
         40,
     )
-    assert found <= 2.5  # 11 before
+    assert found <= 2.1  # measured 1.7 on one thread; the reference 11
 
 
 def test_what_is_kept_between_steps_is_small():
-    """Scratch of two small matrices, whatever the number of tensors."""
+    """Scratch of two small matrices, and of large tensors a few bytes per 4,096 elements."""
     memo = {}
     w, g, v = lists([(100, 100)] * 40)
     step(w, g, v, Options(**TERMS), memo=memo)
@@ -273,7 +276,12 @@ def test_what_is_kept_between_steps_is_small():
     assert len(scratch) == 1
     held = next(iter(scratch.values()))._held
     assert sum(t.numel() for t in held.values()) == 2 * small_batch.ROOM
-    assert large_tensor.BLOCK >= small_batch.LARGEST
+    w, g, v = lists([(300, 1000)] * 3)
+    memo = {}
+    step(w, g, v, Options(**TERMS), memo=memo)
+    (plan,) = (plan for key, plan in memo["fused"].items() if key[0] == "plan")
+    kept = sum(window._table.numel() for window in plan.windows)
+    assert 0 < kept <= 2 * 3 * (300_000 // 1000)
 
 
 def test_a_group_whose_tensors_are_all_left_to_the_reference():
@@ -282,7 +290,8 @@ def test_a_group_whose_tensors_are_all_left_to_the_reference():
     w, g, v = lists([(3,), (3,)])
     g[1].fill_(1e-30)
     before = w[1].clone()
-    sums, ratios = torch_step.step_(w, g, v, [None, None], [ordinary, extreme], [False, False])
+    found = torch_step.step_(w, g, v, [None, None], [ordinary, extreme], [False, False])
+    sums, ratios = found.tables()
     assert torch.isfinite(w[0]).all()
     assert torch.isfinite(w[1]).all()
     torch.testing.assert_close(w[1], before, rtol=1, atol=1)

@@ -1,0 +1,23 @@
+"""What `LARS.layer_stats()` and `Monitor` say of one parameter."""
+
+from typing import NamedTuple
+
+
+class LayerStats(NamedTuple):
+    """The last step's measurements for one parameter. Norms are of the whole tensor.
+
+    For a parameter that is sharded across ranks (DTensor) only the norm used by the denominator is
+    known: `decayed_norm` is NaN, or `gradient_norm` with denominator="decayed".
+    """
+
+    weight_norm: float
+    """N(w) before the step."""
+    gradient_norm: float
+    """N(g), unscaled."""
+    decayed_norm: float
+    """N(g + βw). A step on a CPU measures it only if the denominator uses it; otherwise it is found
+    from the gradient and the weight when you ask, and is NaN if they were written since."""
+    trust_ratio: float
+    """q; 1 where the tensor is not adapted."""
+    effective_lr: float
+    """γq."""
