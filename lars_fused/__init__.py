@@ -18,8 +18,9 @@ from . import conventions  # noqa: E402
 from .checkpoints import convert_state_dict  # noqa: E402
 from .functional import lars_step  # noqa: E402
 from .groups import param_groups  # noqa: E402
+from .layer_stats import LayerStats  # noqa: E402
 from .norms import clip_grad_norm_, multi_tensor_l2norm  # noqa: E402
-from .optimizer import LARS, LayerStats  # noqa: E402
+from .optimizer import LARS  # noqa: E402
 from .schedule import WarmupPolynomialLR, scaled_lr  # noqa: E402
 
 __version__ = "0.1.0"

@@ -2,78 +2,24 @@
 
 from __future__ import annotations
 
-import functools
-import sys
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from . import options as table
-from ._engine import members, validate
+from ._engine import callers, members, validate
 from ._engine.engine import Engine
 from ._engine.tensors import Scaling
 from .checkpoints.load import Restore
+from .layer_stats import LayerStats
 from .options import Options, Settings
-
-
-class LayerStats(NamedTuple):
-    """The last step's measurements for one parameter. Norms are of the whole tensor.
-
-    For a parameter that is sharded across ranks (DTensor) only the norm used by the denominator is
-    known: `decayed_norm` is NaN, or `gradient_norm` with denominator="decayed".
-    """
-
-    weight_norm: float
-    """N(w) before the step."""
-    gradient_norm: float
-    """N(g), unscaled."""
-    decayed_norm: float
-    """N(g + βw)."""
-    trust_ratio: float
-    """q; 1 where the tensor is not adapted."""
-    effective_lr: float
-    """γq."""
 
 
 class _Overlap(Protocol):
     def step(self, closure: Callable[[], Any] | None) -> None: ...
-
-
-def _keyword_only(init: Callable[..., None]) -> Callable[..., None]:
-    """Reject positional hyper-parameters, whose order differs between optimizers."""
-
-    @functools.wraps(init)
-    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
-        if len(args) > 2:
-            extra = ", ".join(repr(value) for value in args[2:])
-            raise TypeError(
-                f"LARS: {len(args) - 2} positional arguments after lr ({extra}); their order "
-                "differs between optimizers, so pass them by keyword: "
-                "LARS(params, lr, momentum=0.9, weight_decay=1e-4)"
-            )
-        init(self, *args, **kwargs)
-
-    return checked
-
-
-class _ReadsScale:
-    """`_step_supports_amp_scaling`: whether step() reads GradScaler's scale and flag by itself.
-
-    It does, and takes gradients that were unscaled before just as well. Lightning takes a yes for
-    "gradients cannot be unscaled and clipped", and refuses to clip them: it is told no, unscales
-    them and clips, and GradScaler then hands over its flag alone. An attribute that a user sets on
-    an optimizer or the class goes before this.
-    """
-
-    def __get__(self, optimizer: object, owner: type | None = None) -> bool:
-        asking = sys._getframe(1).f_globals.get("__name__", "")
-        return asking.partition(".")[0] not in _UNSCALE_THEMSELVES
-
-
-_UNSCALE_THEMSELVES = ("lightning", "pytorch_lightning", "lightning_fabric")
 
 
 class LARS(Optimizer):
@@ -149,7 +95,7 @@ class LARS(Optimizer):
 
     # GradScaler sets the attributes `grad_scale` and `found_inf` for the time of a step(). They may
     # have no value otherwise, not even None: GradScaler multiplies its scale by one that is there.
-    _step_supports_amp_scaling = _ReadsScale()
+    _step_supports_amp_scaling = callers.ReadsScale()
     grad_scale: Tensor
     found_inf: Tensor
 
@@ -157,7 +103,7 @@ class LARS(Optimizer):
     _overlap: _Overlap | None = None
     _constructed = False
 
-    @_keyword_only
+    @callers.keyword_only
     def __init__(
         self,
         params: Iterable[Any],
@@ -205,26 +151,12 @@ class LARS(Optimizer):
             table.check({**self.defaults, **param_group}, where)
             param_group = table.plain(param_group)
             validate.check_members(param_group, self.param_groups)
-            param_group = self._named_and_followed(param_group)
+            param_group = members.adopt(
+                param_group, self.param_groups, self._engine.origins, alike=self._constructed
+            )
         super().add_param_group(param_group)
         self._engine.layers.note(self.param_groups[-1])
         self._engine.forget()
-
-    def _named_and_followed(self, group: dict[str, Any]) -> dict[str, Any]:
-        """A new group with the parameters that their model holds now, named as the others are."""
-        params = group.get("params")
-        if not isinstance(params, (list, tuple)):
-            return group  # one parameter, or what torch refuses
-        where = f"param_groups[{len(self.param_groups)}]['params']"
-        followed = members.follow(
-            params, lambda i, p, name: validate.describe(f"{where}[{i}]", p, name)
-        )
-        self._engine.origins.note(followed)
-        # Names beside bare parameters are not believed: they may be those of other parameters.
-        group = {k: v for k, v in group.items() if k != "param_names"} | {"params": followed}
-        if not self._constructed:  # groups given together must agree, as torch has it
-            return group
-        return members.named_alike(group, self.param_groups, self._engine.origins.names())
 
     def __getstate__(self) -> dict[str, Any]:
         kept = super().__getstate__()
@@ -271,12 +203,15 @@ class LARS(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._step()
+        # Dynamo would trace into the interpreter; its wrapper is left out where it is not tracing.
+        (self._step_untraced if torch.compiler.is_compiling() else self._step)()
         return loss
 
-    # Dynamo would trace into the interpreter. torch.optim uses the same lazy form, which does
-    # not import dynamo.
+    # torch.optim uses the same lazy form, which does not import dynamo.
     @torch._disable_dynamo  # type: ignore[attr-defined]
+    def _step_untraced(self) -> None:
+        self._step()
+
     def _step(self) -> None:
         scaling = Scaling(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         self._engine.step(self.param_groups, self.state, scaling)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lars_fused import LARS
-from lars_fused._engine import launch, launch_tables, prepared_step
+from lars_fused._engine import fallback, launch, launch_tables, plan
 from lars_fused._engine import tensors as engine_tensors
 from lars_fused._engine.new_state import StepState
 from lars_fused._engine.prepared_step import PreparedStep
@@ -33,7 +33,7 @@ kernels = launch.kernels  # the modules of `kernels/`; ImportError without trito
 
 
 def _last_step(optimizer: LARS) -> PreparedStep:
-    ((step, _),) = optimizer._engine.last
+    ((step, _, _),) = optimizer._engine.last
     return step
 
 
@@ -147,12 +147,12 @@ def record_uploads(patch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
 def forget_warnings(patch: pytest.MonkeyPatch) -> None:
     """Let the engine warn once more of what it has warned of in this process."""
-    patch.setattr(prepared_step, "_warned", set())
+    patch.setattr(fallback, "_warned", set())
 
 
 def forget_plans() -> None:
     """Let every plan be made anew."""
-    launch_tables._cached_plan.cache_clear()
+    plan.cached_plan.cache_clear()
 
 
 def keep_found_inf_from_the_host(patch: pytest.MonkeyPatch) -> None:

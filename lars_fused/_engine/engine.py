@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import chain, repeat
 from operator import attrgetter, is_
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,15 +16,25 @@ from .. import options as table
 from ..options import Options, Settings
 from . import graph_pool, launch, new_state, rank_check, validate
 from .graph_pool import GraphPool
+from .measured import Measured, Row
 from .members import Layers, Origins, is_bias
-from .prepared_step import PreparedStep, Row, Seen
-from .tensors import Scaling
+from .new_state import State
+from .prepared_step import PreparedStep, Seen
+from .tensors import Scaling, StepTensors
 
 _GRAD = attrgetter("grad")
-State = defaultdict[Tensor, Any]
 Groups = Sequence[dict[str, Any]]
 _PREPARED = 8
 """How many prepared steps to cache, one per pattern of missing gradients."""
+
+
+class Taken(NamedTuple):
+    """One run of a prepared step."""
+
+    step: PreparedStep
+    where: list[int]
+    """The parameters that it updated."""
+    measured: Measured
 
 
 class Engine:
@@ -56,8 +65,8 @@ class Engine:
         self._values: list[tuple[Any, ...]] = []
         self._options: list[Options] = []
         self._prepared: dict[tuple[bool, ...], tuple[PreparedStep, list[int]]] = {}
-        self.last: list[tuple[PreparedStep, list[int]]] = []
-        """The prepared steps of the last step, each with the parameters that it updated."""
+        self.last: list[Taken] = []
+        """What the last step consisted of: parts, if it was taken in parts."""
 
     # ------------------------------------------------------------------------- steps
 
@@ -158,7 +167,7 @@ class Engine:
             parameter has a gradient.
         """
         if len(self.last) == 1 and len(self.last[0][1]) == len(grads):  # fast path
-            step, where = self.last[0]
+            step, where = self.last[0][:2]
             if seen := self._match(step, grads, state):
                 return step, where, seen
         missing = tuple(map(is_, grads, repeat(None)))
@@ -193,15 +202,7 @@ class Engine:
             )
 
     def _refuse_replaced(self, groups: Groups) -> None:
-        """Raise where a model has put another parameter in the place of one of these."""
-        replaced = self.origins.replaced(self._flat)
-        for i, p in enumerate(self._flat):
-            if p.grad is None and id(p) in replaced:
-                raise RuntimeError(
-                    f"{self._label(i, groups)}: gets no gradient, because the model holds another "
-                    f"{type(replaced[id(p)].data).__name__} under this name; what shards, moves or "
-                    "replaces parameters must come before the optimizer is made"
-                )
+        self.origins.refuse_replaced(self._flat, lambda i: self._label(i, groups))
 
     def _match(
         self, step: PreparedStep, grads: Sequence[Tensor | None], state: State
@@ -255,7 +256,7 @@ class Engine:
         try:
             if self.settings.master_weights:
                 self._masters.refresh(step.state)
-            step.run(seen, self._options, scaling)
+            measured = step.run(seen, self._options, scaling)
         except BaseException:
             # Keep nothing that an interrupted launch may have left inconsistent.
             self._prepared, self.last = {}, []
@@ -263,7 +264,7 @@ class Engine:
         step.state.commit(state)
         if self.settings.master_weights:
             self._masters.note(step.state)
-        self.last.append((step, where))
+        self.last.append(Taken(step, where, measured))
         self._first_steps.note(step, certain=scaling.found_inf is None)
 
     def _label(self, flat_index: int, groups: Groups) -> str:
@@ -277,26 +278,12 @@ class Engine:
     # ------------------------------------------------------------------ after a step
 
     def taken_state(self, state: State, for_checkpoint: bool = False) -> State:
-        """The state without what a first step made that was then not taken.
-
-        Args:
-            state: the optimizer's.
-            for_checkpoint: keep what was made to be read, or to be loaded into.
-        """
-        untaken = self._first_steps.untaken()
-        if for_checkpoint:
-            untaken -= self._first_steps.shown
-        if not untaken:
-            return state
-        kept = {
-            p: {key: value for key, value in held.items() if (id(p), key) not in untaken}
-            for p, held in state.items()
-        }
-        return defaultdict(dict, {p: held for p, held in kept.items() if held})
+        """The state without what a first step made that was then not taken."""
+        return self._first_steps.taken(state, for_checkpoint)
 
     def backends(self, groups: Groups) -> set[str]:
         """The backends of the last step; before the first step, those expected for the devices."""
-        ran = set().union(*(step.backends for step, _ in self.last))
+        ran = set().union(*(taken.step.backends for taken in self.last))
         if ran:
             return ran
         if self.settings.backend != "auto":
@@ -307,15 +294,19 @@ class Engine:
     def stats(self) -> dict[int, Row]:
         """Each parameter's N(w), N(g), N(d), q and γq in the last step. Synchronises."""
         found: dict[int, Row] = {}
-        for step, where in self.last:
-            found |= {where[i]: row for i, row in step.stats().items()}
+        for taken in self.last:
+            rows = taken.measured.stats(self._tensors_of(taken))
+            found |= {taken.where[i]: row for i, row in rows.items()}
         return found
 
     def rows_on_device(self) -> list[tuple[list[int], list[Options], Tensor]]:
         """The same as `stats` where it is, without waiting: parameters, their options, rows."""
         found = []
-        for step, where in self.last:
-            for index, rows in step.rows_on_device():
-                params = [where[i] for i in index]
+        for taken in self.last:
+            for index, rows in taken.measured.rows_on_device(self._tensors_of(taken)):
+                params = [taken.where[i] for i in index]
                 found.append((params, [self._options[self._row_of[i]] for i in params], rows))
         return found
+
+    def _tensors_of(self, taken: Taken) -> StepTensors | None:
+        return taken.step.tensors_of(taken.measured, [self._flat[i].grad for i in taken.where])

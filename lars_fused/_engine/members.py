@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from .validate import describe
+
 Model = weakref.ref[nn.Module]
 
 
@@ -143,6 +145,21 @@ class Origins:
                 found[key] = new
         return found
 
+    def refuse_replaced(self, params: Sequence[Tensor], label: Callable[[int], str]) -> None:
+        """Raise where a model has put another parameter in the place of one without a gradient.
+
+        Raises:
+            RuntimeError: names the first such parameter, by `label` of its position.
+        """
+        replaced = self.replaced(params)
+        for i, p in enumerate(params):
+            if p.grad is None and id(p) in replaced:
+                raise RuntimeError(
+                    f"{label(i)}: gets no gradient, because the model holds another "
+                    f"{type(replaced[id(p)].data).__name__} under this name; what shards, moves or "
+                    "replaces parameters must come before the optimizer is made"
+                )
+
 
 def named_alike(
     group: dict[str, Any], groups: Sequence[Mapping[str, Any]], known: Mapping[int, str]
@@ -172,6 +189,32 @@ def named_alike(
         name = known.get(id(p), f"param_groups[{len(groups)}].{i}")
         pairs.append((name if name not in taken else f"param_groups[{len(groups)}].{i}", p))
     return {**group, "params": pairs}
+
+
+def adopt(
+    group: dict[str, Any],
+    groups: Sequence[Mapping[str, Any]],
+    origins: Origins,
+    *,
+    alike: bool,
+) -> dict[str, Any]:
+    """A new group with the parameters that their model holds now, and names as the others have.
+
+    Args:
+        group: what was given to `add_param_group`.
+        groups: those that the optimizer has.
+        origins: of all parameters; those of the new group are noted.
+        alike: False while the optimizer is made: groups given together must agree, as torch has it.
+    """
+    params = group.get("params")
+    if not isinstance(params, (list, tuple)):
+        return group  # one parameter, or what torch refuses
+    where = f"param_groups[{len(groups)}]['params']"
+    followed = follow(params, lambda i, p, name: describe(f"{where}[{i}]", p, name))
+    origins.note(followed)
+    # Names beside bare parameters are not believed: they may be those of other parameters.
+    group = {k: v for k, v in group.items() if k != "param_names"} | {"params": followed}
+    return named_alike(group, groups, origins.names()) if alike else group
 
 
 class Layers:

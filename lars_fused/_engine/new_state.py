@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import chain
-from operator import is_
+from operator import is_, itemgetter
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -23,6 +23,8 @@ from ..options import Options, Settings
 from . import sharding, validate
 from .tensors import StepTensors
 
+State = defaultdict[Tensor, Any]
+"""The optimizer's state of every parameter."""
 Held = Mapping[str, Any]
 """The optimizer's state of one parameter."""
 Key = tuple[int, str]
@@ -58,10 +60,9 @@ class StepState:
         self.layouts = [sharding.layout(p) for p in params]
         self.sharded = any(self.layouts)
         self._masters = any(c is not None for c in copies)
-        # The optimizer's state for all parameters: its dicts, and every value in them.
-        self._dicts: list[dict[str, Any]] = []
-        self._views: list[Any] = []
-        self._held: list[Any] = []
+        # The values that the optimizer's state holds for all parameters, as `_read` lists them.
+        self._held: list[Any] | None = None
+        self._key: str | None = None
 
     def tensors(self, grads: Sequence[Tensor | None]) -> StepTensors:
         """The step's tensors; for sharded ones, this rank's part, which may change between steps.
@@ -77,22 +78,32 @@ class StepState:
         )
         return StepTensors(weights, own, buffers, copies, self._masters)
 
-    def commit(self, state: defaultdict[Tensor, Any]) -> None:
+    def commit(self, state: State) -> None:
         """Commit new state tensors to the optimizer, after the launch."""
         for new in self.pending:
             state[self.params[new.at]][new.key] = new.value
-        if self.pending or not self._dicts:
-            self._dicts = list(state.values())
-            self._views = list(map(dict.values, self._dicts))
-            self._held = list(chain.from_iterable(self._views))
+        if self.pending or self._held is None:
+            keys = set(chain.from_iterable(state.values()))
+            one = len(keys) == 1 and all(state.values())
+            self._key = keys.pop() if one else None
+            self._held = self._read(state)
         self.pending = ()
 
-    def is_held_by(self, state: defaultdict[Tensor, Any]) -> bool:
+    def is_held_by(self, state: State) -> bool:
         """Whether the optimizer still holds the tensors that it held when this was committed."""
-        if len(state) != len(self._dicts) or not all(map(is_, state.values(), self._dicts)):
+        now, held = self._read(state), self._held
+        if now is None or held is None or len(now) != len(held):
             return False
-        now = list(chain.from_iterable(self._views))  # the views are live
-        return len(now) == len(self._held) and all(map(is_, now, self._held))
+        return all(map(is_, now, held))
+
+    def _read(self, state: State) -> list[Any] | None:
+        """Every value of the state; if all of it has the same one key, at half the time."""
+        if self._key is None:
+            return list(chain.from_iterable(map(dict.values, state.values())))
+        try:
+            return list(map(itemgetter(self._key), state.values()))
+        except KeyError:
+            return None
 
 
 def prepare(
@@ -264,3 +275,21 @@ class FirstSteps:
         if not self._doubts:
             self._noted = []
         return set(self._doubts)
+
+    def taken(self, state: State, for_checkpoint: bool) -> State:
+        """The state without what was made for first steps that were then not taken.
+
+        Args:
+            state: the optimizer's.
+            for_checkpoint: keep what was made to be read, or to be loaded into.
+        """
+        untaken = self.untaken()
+        if for_checkpoint:
+            untaken -= self.shown
+        if not untaken:
+            return state
+        kept = {
+            p: {key: value for key, value in held.items() if (id(p), key) not in untaken}
+            for p, held in state.items()
+        }
+        return defaultdict(dict, {p: held for p, held in kept.items() if held})

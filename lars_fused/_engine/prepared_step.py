@@ -10,8 +10,7 @@ operations update tensors that the kernels do not support, in the same step.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -19,28 +18,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import reference
 from ..options import Options
-from . import graph_pool, launch, partition, replicas, sharding, wrapped
+from . import fallback, graph_pool, launch, partition, replicas, sharding, wrapped
+from .fallback import Label
 from .graph_pool import GraphPool
 from .launch_tables import Contents, LaunchTables
+from .measured import Measured
 from .new_state import StepState
 from .partition import LaunchKey
 from .tensors import Fingerprint, Scaling, StepTensors, fingerprint, places
 from .torch_part import TorchPart
-
-Label = Callable[[int], str]
-Row = tuple[float, ...]
-_warned: set[str] = set()
-
-
-def warn_once(reason: str) -> None:
-    """Warn that the kernels do not run where expected, once per reason and process."""
-    if reason not in _warned:
-        _warned.add(reason)
-        warnings.warn(
-            f"LARS: falling back to the portable path: {reason}", RuntimeWarning, stacklevel=5
-        )
 
 
 class Seen(NamedTuple):
@@ -95,7 +82,7 @@ class PreparedStep:
         self._known, self._places = known, places(tensors)
         self._shards = sharding.Shards(state.params)
         divided = partition.divide(tensors, backend, launch.why_not)
-        _report(divided, tensors, backend, label)
+        fallback.report(divided, backend, label)
         self._numels = [w.numel() for w in tensors.weights]
         self._kernel_parts = [
             _KernelPart(key, index, self._tables(key, index, options, state.fresh))
@@ -108,9 +95,6 @@ class PreparedStep:
         for i in divided.wrapped:
             wrapped.rehearse(tensors, i, options[groups[i]], label)
         self._written = [p for p in state.params if not p.is_inference()]
-        # Where each launch of the last step left its sums and ratios.
-        self._results: list[tuple[list[int], Tensor, Tensor]] = []
-        self._result_options: Sequence[Options] = options
         self._reserve(options)
 
     # ---------------------------------------------------------------- before a step
@@ -148,28 +132,30 @@ class PreparedStep:
 
     # --------------------------------------------------------------------- the step
 
-    def run(self, seen: Seen, options: Sequence[Options], scaling: Scaling) -> None:
+    def run(self, seen: Seen, options: Sequence[Options], scaling: Scaling) -> Measured:
         """Take one step. Nothing is written before every table is ready.
 
         Args:
             seen: for which `matches` is true.
             options: hyper-parameters of each group.
             scaling: loss scale, and the flag that skips the step.
+
+        Returns:
+            What was measured on the way, where it is.
         """
         tensors, self._known = seen.tensors, seen.fingerprint
         parts = self._parts_of_this_run(tensors, options)
         for part in parts:
             part.tables.fill(seen.fingerprint.addresses.select(part.index), options)
         whole = self._norms_of_whole_layers(parts, tensors, options, scaling)
-        self._results, self._result_options = [], options
-        for part in parts:
-            self._launch(part, scaling)
+        launches = [(part.index, part.tables) for part in parts if self._launch(part, scaling)]
         for torch_part in self._torch_parts:
             torch_part.run(tensors, self._groups, options, scaling, whole.get(torch_part.device))
         # The kernels' writes are invisible to autograd.
         torch.autograd.graph.increment_version(self._written)
         if self.state.sharded:
             torch.autograd.graph.increment_version(tensors.written())
+        return Measured(self._numels, self._groups, options, launches, self._torch_parts)
 
     def _parts_of_this_run(
         self, tensors: StepTensors, options: Sequence[Options]
@@ -213,7 +199,8 @@ class PreparedStep:
         halves = self._shards.among(index)
         return LaunchTables(*key, contents, staged=staged, halves=halves)
 
-    def _launch(self, part: _KernelPart, scaling: Scaling) -> None:
+    def _launch(self, part: _KernelPart, scaling: Scaling) -> bool:
+        """Launch the kernel; False if its tensors were handed to torch operations instead."""
         tables, split = part.tables, self._shards.among(part.index)
         on_device = scaling.on(tables.device)
         take = tables.update if split else tables.step
@@ -231,8 +218,8 @@ class PreparedStep:
                 if replicas.exist():
                     raise replicas.refusal(error) from error
                 self._fall_back(part, error)
-                return
-        self._results.append((part.index, tables.sums, tables.ratios))
+                return False
+        return True
 
     def _may_retry(self, tables: LaunchTables, split: bool) -> bool:
         """Whether a failed launch did nothing, and "auto" may find another way."""
@@ -241,7 +228,7 @@ class PreparedStep:
 
     def _fall_back(self, part: _KernelPart, error: Exception) -> None:
         """Hand the tensors of a failed launch to torch operations, from this step on."""
-        warn_once(f"the kernel could not be launched ({type(error).__name__}: {error})")
+        fallback.warn_once(f"the kernel could not be launched ({type(error).__name__}: {error})")
         begun = part.tables.steps_taken() > 0
         fresh = [self.state.fresh[i] and not begun for i in part.index]
         self._torch_parts.append(TorchPart(part.tables.device, part.index, fresh))
@@ -290,36 +277,12 @@ class PreparedStep:
         """The tables of each kernel launch."""
         return [part.tables for part in self._kernel_parts]
 
-    def stats(self) -> dict[int, Row]:
-        """Each tensor's N(w), N(g), N(d), q and γq in the last step. Synchronises."""
-        results = self._results + [
-            r for part in self._torch_parts if (r := part.results()) is not None
-        ]
-        for part in self._kernel_parts:
-            part.tables.check_queue()
-        found: dict[int, Row] = {}
-        for index, sums, ratios in results:
-            rows = torch.cat([sums.sqrt(), ratios], 1).tolist()
-            for at, (i, row) in enumerate(zip(index, rows, strict=True)):
-                if self._numels[i] == 0:
-                    # This rank's shard is empty; other ranks may hold some of it.
-                    row[3:] = _rates(sums[at], self._result_options[self._groups[i]])
-                found[i] = tuple(row)
-        return found
-
-    def rows_on_device(self) -> list[tuple[list[int], Tensor]]:
-        """The same where it is, by launch and without waiting; not of empty parts of a tensor."""
-        results = self._results + [
-            r for part in self._torch_parts if (r := part.results()) is not None
-        ]
-        found = []
-        for index, sums, ratios in results:
-            rows = torch.cat([sums.sqrt(), ratios], 1)
-            held = [at for at, i in enumerate(index) if self._numels[i] > 0]
-            if len(held) < len(index):
-                rows = torch.stack([rows[at] for at in held]) if held else rows[:0]
-            found.append(([index[at] for at in held], rows))
-        return found
+    def tensors_of(
+        self, measured: Measured, grads: Sequence[Tensor | None]
+    ) -> StepTensors | None:  # fmt: skip
+        """The tensors of the step that was measured; None if these gradients cannot be its."""
+        seen = self.see(grads)
+        return seen.tensors if seen and self.matches(seen, measured.options) else None
 
     def untaken(self) -> set[int]:
         """The `id` of each parameter whose steps were all skipped. Synchronises."""
@@ -332,21 +295,3 @@ class PreparedStep:
 def plan_facts(options: Sequence[Options]) -> list[tuple[bool, bool, bool]]:
     """Options that the plan depends on; changing others only changes numbers in a table."""
     return [(o.adapt, o.momentum != 0, o.dampening != 0) for o in options]
-
-
-def _report(divided: partition.Partition, tensors: StepTensors, backend: str, label: Label) -> None:
-    """Raise or warn if the kernels cannot update a tensor that they were expected to."""
-    for i, reason in divided.reasons.items():
-        if backend == "triton":
-            raise RuntimeError(
-                f"{label(i)}: backend='triton' cannot update it: {reason}; or use backend='auto'"
-            )
-    if backend == "auto":
-        for device in divided.rest:
-            if launch.expected(device) and (missing := launch.why_not(device)):
-                warn_once(missing)
-
-
-def _rates(sums: Tensor, o: Options) -> list[float]:
-    q = float(reference.trust_ratios(sums.cpu().unsqueeze(0), [o])[0])
-    return [q, q * float(o.lr)]

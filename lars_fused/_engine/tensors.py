@@ -39,7 +39,7 @@ class StepTensors(NamedTuple):
 
 
 class Addresses(NamedTuple):
-    """The addresses of a step's tensors; 0 for none."""
+    """The addresses of a step's tensors; 0 for none. No copies at all: an empty list."""
 
     weights: list[int]
     grads: list[int]
@@ -50,7 +50,7 @@ class Addresses(NamedTuple):
         """The subset for these tensors."""
         if len(index) == len(self.weights):
             return self
-        return Addresses(*([column[i] for i in index] for column in self))
+        return Addresses(*([column[i] for i in index] if column else [] for column in self))
 
 
 class Fingerprint(NamedTuple):
@@ -77,6 +77,8 @@ class Scaling(NamedTuple):
 
     def on(self, device: torch.device) -> Scaling:
         """The same, as float32 on `device`."""
+        if self.grad_scale is None and self.found_inf is None:
+            return self
         return Scaling(
             None if self.grad_scale is None else self.grad_scale.to(device, torch.float32),
             None if self.found_inf is None else self.found_inf.to(device, torch.float32),
@@ -114,7 +116,7 @@ def fingerprint(tensors: StepTensors) -> Fingerprint | None:
         dtypes = list(map(_DTYPE, grads))
         addresses = Addresses(
             _addresses(weights), _addresses(grads), _addresses(buffers),
-            _addresses(copies) if masters else [0] * len(weights),
+            _addresses(copies) if masters else [],
         )  # fmt: skip
     except (RuntimeError, TypeError):  # a sparse gradient has no strides; None has no attributes
         return None

@@ -51,6 +51,7 @@ ELSEWHERE = {
     "_engine/graph_pool.py": "gpu/test_gpu_graphs.py",
     "_engine/launch_tables.py": "engine/test_launch_tables.py",
     "_engine/plan.py": "engine/test_plan.py",
+    "_engine/queue_state.py": "kernels/test_watch.py",
     "_engine/prepared_step.py": "distributed/test_dtensor.py",
     "_engine/rank_check.py": "distributed/test_ddp.py",
     "_engine/sharding.py": "distributed/test_dtensor.py",

@@ -140,7 +140,7 @@ def test_two_networks_renamed_reordered_and_many_small_layers(backend, device, t
     named = [(f"{side}.{n}", p) for side, net in zip("ab", nets, strict=True)
              for n, p in net.named_parameters()]  # fmt: skip
     small = [(f"layer{i}.scale", nn.Parameter(torch.full((2, 2), 1.0 + i, device=device)))
-             for i in range(40 if tier == "interpret" else 2000)]  # fmt: skip
+             for i in range(12 if tier == "interpret" else 2000)]  # fmt: skip
     pairs = named + small
     twins = [nn.Parameter(p.detach().clone()) for _, p in pairs]
     for i, ((_, p), q) in enumerate(zip(pairs, twins, strict=True)):

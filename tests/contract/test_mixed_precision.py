@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench.peers import set_gradient
+from bench.variants import set_gradient
 from lars_fused import LARS
 from tests import oracle
 

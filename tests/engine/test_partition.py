@@ -74,6 +74,12 @@ def test_tensors_without_momentum_join_a_launch_that_exists(order):
     assert index == [0, 1]
 
 
+def test_tensors_without_momentum_join_no_launch_of_other_dtypes():
+    ts = tensors(FP32, BF16)
+    ts.buffers[1] = None
+    assert sorted(divide(ts).launches.values()) == [[0], [1]]
+
+
 def test_dividing_changes_nothing():
     ts = tensors(FP32, BF16, torch.float64)
     before = [t.clone() for t in (*ts.weights, *ts.grads, *ts.buffers)]

@@ -22,7 +22,7 @@ def stepped(backend, **options):
     set_grads(params, 0)
     optimizer.step()
     engine = optimizer._engine
-    ((step, _),) = engine.last
+    ((step, _, _),) = engine.last
     return params, optimizer, step, engine._options
 
 
@@ -101,7 +101,7 @@ def test_no_gradient_is_kept_alive(backend):
 
 
 def test_a_state_tensor_put_in_place_of_ours_is_stepped(backend):
-    """Its dict is the same, or is not; the prepared step notices both."""
+    """Its dict is the same, or is not; the prepared step notices both. The dict is no matter."""
     params, optimizer, step, _ = stepped(backend)
     assert step.state.is_held_by(optimizer.state)
     held = optimizer.state[params[0]]["momentum_buffer"]
@@ -110,4 +110,8 @@ def test_a_state_tensor_put_in_place_of_ours_is_stepped(backend):
     optimizer.state[params[0]]["momentum_buffer"] = held
     assert step.state.is_held_by(optimizer.state)
     optimizer.state[params[1]] = dict(optimizer.state[params[1]])
+    assert step.state.is_held_by(optimizer.state)
+    optimizer.state[params[1]]["momentum_buffer"] = held
+    assert not step.state.is_held_by(optimizer.state)
+    del optimizer.state[params[1]]["momentum_buffer"]
     assert not step.state.is_held_by(optimizer.state)

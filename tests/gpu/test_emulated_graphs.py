@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench import timers
-from bench.peers import Variant
+from bench.variants import Variant
 from lars_fused import LARS
 from tests import internals
 from tests.emulated_gpu import OnGpu, emulated_gpu

@@ -1,0 +1,41 @@
+"""What the optimizer answers differently depending on who calls it, and how."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+_UNSCALE_THEMSELVES = ("lightning", "pytorch_lightning", "lightning_fabric")
+
+
+def keyword_only(init: Callable[..., None]) -> Callable[..., None]:
+    """Reject positional hyper-parameters, whose order differs between optimizers."""
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        if len(args) > 2:
+            extra = ", ".join(repr(value) for value in args[2:])
+            raise TypeError(
+                f"LARS: {len(args) - 2} positional arguments after lr ({extra}); their order "
+                "differs between optimizers, so pass them by keyword: "
+                "LARS(params, lr, momentum=0.9, weight_decay=1e-4)"
+            )
+        init(self, *args, **kwargs)
+
+    return checked
+
+
+class ReadsScale:
+    """`_step_supports_amp_scaling`: whether step() reads GradScaler's scale and flag by itself.
+
+    It does, and takes gradients that were unscaled before just as well. Lightning takes a yes for
+    "gradients cannot be unscaled and clipped", and refuses to clip them: it is told no, unscales
+    them and clips, and GradScaler then hands over its flag alone. An attribute that a user sets on
+    an optimizer or the class goes before this.
+    """
+
+    def __get__(self, optimizer: object, owner: type | None = None) -> bool:
+        asking = sys._getframe(1).f_globals.get("__name__", "")
+        return asking.partition(".")[0] not in _UNSCALE_THEMSELVES
