@@ -9,7 +9,7 @@ from math import prod
 import torch
 
 from bench.models import MODELS, Shapes, adapted
-from bench.peers import Inputs
+from bench.variants import Inputs
 
 # Weights, gradients, momentum.
 DTYPES = {

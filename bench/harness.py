@@ -19,9 +19,10 @@ from torch import Tensor
 
 from bench import environment
 from bench.cases import Case
-from bench.peers import OURS, Inputs, Variant
+from bench.peers import OURS
 from bench.raw import COPY
 from bench.timers import host_us, interleave, timer_for
+from bench.variants import Inputs, Variant
 from lars_fused._engine import portable
 from lars_fused.reference import Options
 

@@ -114,27 +114,28 @@ def _sweep(found: list[Run], path: Path, kind: str) -> None:
 
 
 def _against_sgd(folder: Path, path: Path) -> list[Path]:
-    """Horizontal bars, a panel a case: how many times as long as SGD(fused=True) each takes."""
-    found = against_sgd(rows_of(folder))
+    """Horizontal bars, a panel a model: how many times as long as SGD(fused=True) each takes."""
+    every = against_sgd(rows_of(folder))
+    found = {title: column for title, column in every.items() if title in MODELS} or every
     if not found:
         return []
     tall = max(map(len, found.values()))
     figure, panels = plt.subplots(
-        1, len(found), figsize=(1.5 + 2.7 * len(found), 0.9 + 0.32 * tall), sharey=True,
+        1, len(found), figsize=(2.2 + 2.1 * len(found), 0.9 + 0.3 * tall), sharey=True,
         squeeze=False,
     )  # fmt: skip
     names = [n for n in CPU_LADDER if any(n in column for column in found.values())][::-1]
     for axes, (title, column) in zip(panels[0], found.items(), strict=True):
         lengths = [column.get(n, 0.0) for n in names]
         bars = axes.barh(names, lengths, color=[COLOURS.get(n, "#8a8a8a") for n in names])
-        axes.bar_label(bars, [f" {x:.1f}" if x else " not run" for x in lengths], fontsize=7)
+        axes.bar_label(bars, [f" {x:.1f}" if x else " not run" for x in lengths], fontsize=9)
         axes.axvline(1.0, color=COLOURS[FLOOR], linewidth=0.8, linestyle=":")
-        axes.set_title(title, fontsize=9)
+        axes.set_title(title, fontsize=10)
         axes.margins(x=0.22)
-        axes.tick_params(labelsize=8)
+        axes.tick_params(labelsize=9)
         axes.xaxis.set_visible(False)
         axes.spines[["top", "right", "bottom"]].set_visible(False)
-    figure.suptitle(f"Time of a step on a CPU, {FLOOR} = 1 (shorter is faster)", fontsize=10)
+    figure.suptitle(f"Time of a step on a CPU, {FLOOR} = 1 (shorter is faster)", fontsize=11)
     _save(figure, path)
     return [path]
 

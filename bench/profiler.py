@@ -25,8 +25,9 @@ from bench import environment
 from bench.budget import Budget
 from bench.cases import model_case
 from bench.harness import Recorder
-from bench.peers import FLOOR, LADDER, ONE, TWO, Variant
+from bench.peers import FLOOR, LADDER, ONE, TWO
 from bench.supervise import Pieces
+from bench.variants import Variant
 
 MODELS = ("ResNet-50", "ViT-B/16", "one 100M tensor")
 ORDER = (ONE, TWO, FLOOR)

@@ -13,16 +13,7 @@ from typing import Any, NamedTuple
 
 from bench import environment
 from bench.cases import DTYPES, SWEEP_CASE, model_case, sweep_case
-from bench.peers import (
-    COMPILED,
-    CPU_PROJECTS,
-    EAGER,
-    FLOOR,
-    ONE,
-    PORTABLE,
-    PROJECTS,
-    TWO,
-)
+from bench.peers import COMPILED, CPU_PROJECTS, EAGER, FLOOR, ONE, PORTABLE, PROJECTS, TWO
 from bench.profiler import COUNTS, DRAM
 from bench.raw import COPY, rows_of, runs
 from bench.report import table

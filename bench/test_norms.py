@@ -11,8 +11,8 @@ import torch
 from bench import environment
 from bench.cases import Case, model_case, slug, sweep_case
 from bench.harness import GateError, Recorder
-from bench.peers import Variant
 from bench.timers import Budget, interleave, timer_for
+from bench.variants import Variant
 from lars_fused import multi_tensor_l2norm
 
 pytestmark = [pytest.mark.cpu, pytest.mark.gpu]

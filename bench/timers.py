@@ -24,7 +24,7 @@ from statistics import median
 import torch
 
 from bench.budget import Budget as Budget
-from bench.peers import Variant
+from bench.variants import Variant
 
 _LONGEST_HOLD_US = 20_000
 

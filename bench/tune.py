@@ -31,9 +31,10 @@ from bench import environment
 from bench.budget import Budget
 from bench.cases import Case, model_case
 from bench.harness import GateError, Truth, disagreement, reason
-from bench.peers import Inputs, Variant, ours
+from bench.peers import ours
 from bench.supervise import Pieces
 from bench.timers import CudaTimer, interleave
+from bench.variants import Inputs, Variant
 from lars_fused._engine import launch
 
 MODELS = ("ResNet-50", "ViT-B/16", "one 100M tensor")

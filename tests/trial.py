@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.peers import set_gradient
+from bench.variants import set_gradient
 from lars_fused import LARS
 from tests import internals, oracle
 from tests.cases import TERMS, Memory, Spec, bits

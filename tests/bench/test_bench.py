@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import cases, harness, peers, timers
+from bench import cases, harness, peers, timers, variants
 from bench.cases import DTYPES, Case, model_case, sweep_case
 from bench.harness import COPY, GateError, Recorder, Truth, disagreement, measure
 from bench.test_step_host import (
@@ -94,7 +94,7 @@ def test_ours_passes_the_gate(launches, backend):
 def test_gate_sees_every_term(field):
     inputs = SMALL.inputs(CPU)
     changed = {field: getattr(inputs.hyper, field) * 1.01}
-    wrong = peers.Inputs(inputs.w, inputs.g, inputs.v, inputs.adapt, peers.Hyper(**changed))
+    wrong = variants.Inputs(inputs.w, inputs.g, inputs.v, inputs.adapt, variants.Hyper(**changed))
     variant = peers.plain(wrong, foreach=True)
     variant.options = inputs.options()
     assert disagreement(variant, Truth(inputs)) > 10
@@ -238,7 +238,7 @@ def test_gpu_time_does_not_hold_the_hosts(monkeypatch):
     gpu = Gpu(monkeypatch)
     timer = CudaTimer(CPU)
     assert timer.cycles_per_us == pytest.approx(2000)
-    variant = peers.Variant(lambda: gpu.step(100, 5.0, 2.0), list)
+    variant = variants.Variant(lambda: gpu.step(100, 5.0, 2.0), list)
     sample = timer.ready(variant)
     assert [sample() for _ in range(3)] == pytest.approx([200.0] * 3)
     assert not variant.host_bound
@@ -247,7 +247,7 @@ def test_gpu_time_does_not_hold_the_hosts(monkeypatch):
 def test_a_late_host_is_noticed(monkeypatch):
     gpu = Gpu(monkeypatch)
     launch_us = [5.0]
-    variant = peers.Variant(lambda: gpu.step(100, launch_us[0], 2.0), list)
+    variant = variants.Variant(lambda: gpu.step(100, launch_us[0], 2.0), list)
     sample = CudaTimer(CPU).ready(variant)
     launch_us[0] = 40.0  # from now on eight times slower than when it was measured
     assert sample() == pytest.approx(200.0)
@@ -262,7 +262,7 @@ def test_a_step_that_waits_is_marked(monkeypatch):
         gpu.wait()
         gpu.step(1, 5.0, 2.0)
 
-    variant = peers.Variant(step, list)
+    variant = variants.Variant(step, list)
     sample = CudaTimer(CPU).ready(variant)
     assert sample() >= 9
     assert variant.host_bound

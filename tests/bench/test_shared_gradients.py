@@ -8,7 +8,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from bench import peers
+from bench import projects, variants
 from bench.cases import Case
 from bench.harness import Truth, disagreement
 
@@ -47,7 +47,7 @@ def timm(monkeypatch):
 def test_timm_leaves_the_gradients_of_a_case(timm):
     inputs = CASE.inputs(torch.device("cpu"))
     given = [g.clone() for g in inputs.g]
-    variant = peers.timm_lars(inputs)
+    variant = projects.timm_lars(inputs)
     assert disagreement(variant, Truth(inputs)) <= 5
     for _ in range(3):  # as the timers do
         variant.prepare()
@@ -58,12 +58,12 @@ def test_timm_leaves_the_gradients_of_a_case(timm):
 def test_each_step_of_timm_is_given_the_same_gradients(timm):
     """Else a second step adds decay and ratio to what the first one left."""
     inputs = CASE.inputs(torch.device("cpu"))
-    variant = peers.timm_lars(inputs)
+    variant = projects.timm_lars(inputs)
     for _ in range(2):
         variant.prepare()
         variant.step()
     own = SimpleNamespace(w=[w.clone() for w in inputs.w], v=[v.clone() for v in inputs.v])
-    fresh = peers.timm_lars(peers.Inputs(own.w, inputs.g, own.v, inputs.adapt))
+    fresh = projects.timm_lars(variants.Inputs(own.w, inputs.g, own.v, inputs.adapt))
     for _ in range(2):
         for p, g in zip(fresh.weights(), inputs.g, strict=True):
             p.grad = g.clone()
