@@ -91,6 +91,8 @@ setup(
         "lars_fused.study.commands",
         "lars_fused.study.data",
         "lars_fused.study.experiments",
+        "lars_fused.study.experiments.minibatch",
+        "lars_fused.study.experiments.sharpness",
         "lars_fused.study.networks",
     ],
     package_dir={"lars_fused": "lars_fused", "lars_fused.kernels": "kernels"},

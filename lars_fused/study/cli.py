@@ -7,7 +7,17 @@ from collections.abc import Sequence
 
 import click
 
-from lars_fused.study.commands import batch_size, layers, recipes, report, train
+from lars_fused.study.commands import (
+    batch_size,
+    layers,
+    minibatch,
+    noise,
+    recipes,
+    report,
+    rules,
+    sharpness,
+    train,
+)
 from lars_fused.study.errors import StudyError
 
 
@@ -20,8 +30,9 @@ def cli() -> None:
     """
 
 
-for one in (train.command, batch_size.command, layers.command, recipes.command, report.command):
-    cli.add_command(one)
+COMMANDS = (train, batch_size, layers, minibatch, sharpness, noise, rules, recipes, report)
+for one in COMMANDS:
+    cli.add_command(one.command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -17,8 +17,13 @@ import torch
 from lars_fused.study.errors import StudyError
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes, *, durable: bool = True) -> None:
     """Write a file whole or not at all: beside it first, then renamed over it.
+
+    Args:
+        path: the file; its folder is made.
+        content: of the file.
+        durable: wait until it is on the disk. What has a checksum need not.
 
     Raises:
         StudyError: the disk is full, or the folder cannot be written.
@@ -29,7 +34,8 @@ def write_bytes(path: Path, content: bytes) -> None:
         with beside.open("wb") as stream:
             stream.write(content)
             stream.flush()
-            os.fsync(stream.fileno())
+            if durable:
+                os.fsync(stream.fileno())
         os.replace(beside, path)
     except OSError as error:
         with contextlib.suppress(OSError):  # the reason below is the one to report

@@ -6,7 +6,14 @@ from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 
-class Evaluation(TypedDict):
+class FinalTest(TypedDict, total=False):
+    """The test set's figures where `test_*` are those of held-out training images."""
+
+    unseen_loss: float
+    unseen_accuracy: float
+
+
+class Evaluation(FinalTest):
     """Losses are means over images, accuracies in percent; taken after `step` steps.
 
     The training figures are of as many training images as there are test images, always the same

@@ -17,19 +17,19 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lars_fused import LARS, multi_tensor_l2norm
 from lars_fused.study import files, networks
-from lars_fused.study.data import Data, Split, hold_out
+from lars_fused.study.data import Data, Split, hold_out, in_unit_range
 from lars_fused.study.data.augment import apply, views
 from lars_fused.study.errors import StudyError
 from lars_fused.study.history import Evaluation, History
 from lars_fused.study.optimizers import MomentumCorrection, optimizer_for, schedule_for
-from lars_fused.study.order import Order, mixed, pieces, share, steps_for, warmup_steps
+from lars_fused.study.order import Batches, Order, mixed, pieces, share, warmup_steps
 from lars_fused.study.ranks import Ranks, RunningStatistics, alone
 from lars_fused.study.settings import Settings
 
 EVALUATED_AT_ONCE = 1000
 CHECKPOINT_SECONDS = 20.0
 
-_AUGMENT, _DROPOUT = 1, 2
+_AUGMENT, DROPOUT = 1, 2
 """Kinds of random numbers, each with seeds of its own."""
 
 
@@ -74,6 +74,7 @@ class Trainer:
         checkpoint: the file to resume from if it exists, and to save to now and then.
         model: to train in place of the network that the settings name.
         recorder: looks on.
+        order: which images a step takes, in place of shuffled epochs; `settings.order` names it.
     """
 
     def __init__(
@@ -85,14 +86,18 @@ class Trainer:
         checkpoint: Path | None = None,
         model: Callable[[], nn.Module] | None = None,
         recorder: Recorder | None = None,
+        order: Batches | None = None,
     ):
         self.settings, self.checkpoint = settings, checkpoint
         self.ranks = ranks or alone()
         self.recorder = recorder or Recorder()
+        if settings.pixels == "unit":
+            data = in_unit_range(data)
+        self.unseen = data.test if settings.validation and settings.test_too else None
         self.data = hold_out(data, settings.validation) if settings.validation else data
         images = len(self.data.train)
-        self.order = Order(images, settings.batch, settings.seed)
-        self.steps = steps_for(settings.epochs, settings.batch, images)
+        self.order = order or Order(images, settings.batch, settings.seed)
+        self.steps = self.order.steps(settings.epochs)
         torch.manual_seed(settings.seed)
         if model is None:
             built = networks.build(
@@ -175,14 +180,14 @@ class Trainer:
         chosen = self.order.chosen(self.step)
         total = torch.zeros((), device=self.ranks.device)
         # Each piece adds its sum over the global batch's size; DDP divides by the ranks.
-        weight = self.ranks.size / self.settings.batch
+        weight = self.ranks.size / len(chosen)
         batches = list(self._micro_batches(chosen)) if self.ranks.size > 1 else None
         count = 0
         mine = len(batches) if batches is not None else 0
         self.statistics.before()
         for number, images, labels in batches or self._micro_batches(chosen):
             count += 1
-            torch.manual_seed(mixed(self.settings.seed, self.step, _DROPOUT + number))
+            seed_dropout(mixed(self.settings.seed, self.step, DROPOUT + number), images.device)
             with self._synchronised(count == mine):
                 loss = F.cross_entropy(self.trained(images), labels, reduction="sum") * weight
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -224,15 +229,22 @@ class Trainer:
         if not math.isfinite(loss):
             self.history.diverged = self.step
 
+    def advance(self) -> None:
+        """One step, and the evaluation that is due after it."""
+        self.take_step()
+        if self._due(self.settings.evaluations):
+            self.history.evaluations.append(self.evaluate())
+
     def _norms(self) -> tuple[list[float], list[float]]:
         """N(w) and N(g) of every tensor, by the library's fused norms."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         assert len(gradients) == len(self.parameters), "every parameter of these networks is used"
-        both = multi_tensor_l2norm([*self.parameters, *gradients], backend=self._backend).tolist()
+        both = multi_tensor_l2norm([*self.parameters, *gradients], backend=self.backend).tolist()
         return both[: len(gradients)], both[len(gradients) :]
 
     @property
-    def _backend(self) -> str:
+    def backend(self) -> str:
+        """Of norms: on a CPU the portable one, whatever TRITON_INTERPRET says."""
         return "auto" if self.ranks.device.type == "cuda" else "torch"
 
     def _trust_ratios(self) -> list[float]:
@@ -260,9 +272,7 @@ class Trainer:
         saved = began = time.perf_counter()
         before = self.seconds
         while self.step < last and not self.history.diverged:
-            self.take_step()
-            if self._due(self.settings.evaluations):
-                self.history.evaluations.append(self.evaluate())
+            self.advance()
             now = time.perf_counter()
             self.seconds = before + now - began
             if now - saved > CHECKPOINT_SECONDS:
@@ -281,13 +291,29 @@ class Trainer:
             self.model, self.data.train.subset(some), self.ranks.device
         )
         test_loss, test_accuracy = evaluated(self.model, self.data.test, self.ranks.device)
-        return {
+        measured: Evaluation = {
             "step": self.step,
             "train_loss": train_loss,
             "train_accuracy": train_accuracy,
             "test_loss": test_loss,
             "test_accuracy": test_accuracy,
         }
+        if self.unseen is not None:
+            loss, accuracy = evaluated(self.model, self.unseen, self.ranks.device)
+            measured |= {"unseen_loss": loss, "unseen_accuracy": accuracy}
+        return measured
+
+
+def seed_dropout(seed: int, device: torch.device) -> None:
+    """Seed the generator that dropout on `device` draws from.
+
+    `torch.manual_seed` does so for all devices; where no GPU has been used yet, it formats and
+    keeps a traceback at every call, which takes as long as a small network's forward pass.
+    """
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
 
 
 @torch.no_grad()

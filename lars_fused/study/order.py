@@ -9,6 +9,8 @@ images an epoch: with a batch of 1,024 out of 1,297, a fifth of the training set
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +32,31 @@ def warmup_steps(settings: Settings, images: int) -> int:
     return min(steps_for(settings.warmup_epochs, settings.batch, images), steps - 1)
 
 
+class Batches(Protocol):
+    """Which images each step takes, and how many steps there are."""
+
+    def steps(self, epochs: float) -> int:
+        """The steps of so many epochs."""
+
+    def chosen(self, step: int) -> Tensor:
+        """The images of a step, counted from 0."""
+
+
+class Fixed:
+    """The same mini-batches in the same order in every epoch."""
+
+    def __init__(self, batches: Sequence[Tensor]):
+        self.batches = list(batches)
+
+    def steps(self, epochs: float) -> int:
+        """Whole passes over the mini-batches, rounded to steps."""
+        return max(1, round(epochs * len(self.batches)))
+
+    def chosen(self, step: int) -> Tensor:
+        """The images of a step, counted from 0."""
+        return self.batches[step % len(self.batches)]
+
+
 class Order:
     """The places of a tape of shuffled epochs; the seed alone decides them."""
 
@@ -49,6 +76,10 @@ class Order:
             kept = {e: s for e, s in self._shuffles.items() if e == epoch - 1}
             self._shuffles = kept | {epoch: torch.randperm(self.images, generator=generator)}
         return self._shuffles[epoch]
+
+    def steps(self, epochs: float) -> int:
+        """Steps in which every image is shown `epochs` times."""
+        return steps_for(epochs, self.batch, self.images)
 
     def chosen(self, step: int) -> Tensor:
         """The images of a step, counted from 0, in the order of the tape."""

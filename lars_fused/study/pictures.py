@@ -19,25 +19,36 @@ MARKERS = "osD^vPX"
 
 @contextmanager
 def figure(
-    file: Path, title: str, panels: int = 1, *, width: float = 5.6, height: float = 4.4
+    file: Path,
+    title: str,
+    panels: int = 1,
+    *,
+    rows: int = 1,
+    width: float = 5.6,
+    height: float = 4.4,
+    dpi: int = 130,
 ) -> Iterator[list[Any]]:
-    """Panels side by side, saved to `file` as a PNG when the block is done."""
+    """Panels side by side, in `rows` rows, saved to `file` as a PNG when the block is done."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
     drawn, axes = plt.subplots(
-        1, panels, figsize=(width * panels, height), layout="constrained", squeeze=False
+        rows,
+        panels,
+        figsize=(width * panels, height * rows),
+        layout="constrained",
+        squeeze=False,
     )
     try:
-        yield list(axes[0])
-        for one in axes[0]:
+        yield list(axes.flat)
+        for one in axes.flat:
             one.grid(alpha=0.25)
             one.spines[["top", "right"]].set_visible(False)
         drawn.suptitle(title, fontsize=11)
         buffer = io.BytesIO()
-        drawn.savefig(buffer, format="png", dpi=130)
+        drawn.savefig(buffer, format="png", dpi=dpi)
         write_bytes(file, buffer.getvalue())
     finally:
         plt.close(drawn)

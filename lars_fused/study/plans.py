@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,19 @@ def save(out: Path, command: str, plan: dict[str, Any]) -> None:
             raise StudyError(f"--out {out} holds a study of {held['study']}; choose another folder")
         if held["plan"] == files.plain(plan):
             return
-    files.write_json(path, {"study": command, "plan": plan, **facts(alone())})
+    found = facts(alone())
+    found["command"] = whole(found["command"])
+    files.write_json(path, {"study": command, "plan": plan, **found})
+
+
+def whole(command: Sequence[str]) -> list[str]:
+    """A command without its --only: the study is the same whichever share of it ran first."""
+    kept, after = [], False
+    for word in command:
+        if not (after or word.startswith("--only")):
+            kept.append(word)
+        after = word == "--only"
+    return kept
 
 
 def load(out: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from lars_fused.study.errors import StudyError
 from lars_fused.study.events import Events
 from lars_fused.study.history import History
 from lars_fused.study.loop import Trainer, check_micro_batches
-from lars_fused.study.order import Order
+from lars_fused.study.order import Batches, Order
 from lars_fused.study.ranks import Ranks, alone
 from lars_fused.study.settings import Settings
 
@@ -53,7 +53,7 @@ def versions() -> dict[str, str]:
     """Of everything that a result can depend on."""
     found = {"python": platform.python_version(), "lars_fused": lars_fused.__version__}
     found["torch"] = torch.__version__
-    for name in ("numpy", "triton", "scikit-learn", "pillow", "mlxtend"):
+    for name in ("numpy", "triton", "scikit-learn", "scikit-image", "scipy", "pillow", "mlxtend"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -131,6 +131,7 @@ def train(
     tensorboard: bool = False,
     progress: Callable[[Trainer], None] = lambda trainer: None,
     stop_after: int | None = None,
+    order: Batches | None = None,
 ) -> Result | None:
     """The finished run with these settings: from its file, or by training it.
 
@@ -145,6 +146,7 @@ def train(
         tensorboard: write events beside the result.
         progress: called after every step.
         stop_after: stop after this many steps in all, as if interrupted; then nothing is returned.
+        order: which images a step takes; `settings.order` must name it.
     """
     ranks = ranks or alone()
     folder = folder_of(out, settings)
@@ -153,7 +155,7 @@ def train(
         return find(out, settings)
     if data is None:
         data = load(settings.data, settings.resolution, settings.train_images)
-    trainer = Trainer(settings, data, ranks=ranks, checkpoint=folder / CHECKPOINT)
+    trainer = Trainer(settings, data, ranks=ranks, checkpoint=folder / CHECKPOINT, order=order)
     events = Events(folder / "events", trainer.step) if tensorboard and ranks.first else None
 
     def seen(trainer: Trainer) -> None:
@@ -168,21 +170,26 @@ def train(
             events.close()
     if trainer.step < trainer.steps and not history.diverged:
         return None
-    result = Result(
-        settings,
-        history,
-        trainer.steps,
-        len(trainer.data.train),
-        networks.parameters(trainer.model),
-        trainer.seconds,
-        facts(ranks),
-    )
+    result = of(trainer)
     if ranks.first:
         if keep_weights:
             files.write_tensors(folder / WEIGHTS, trainer.model.state_dict())
         write(folder, result)
         (folder / CHECKPOINT).unlink(missing_ok=True)
     return result
+
+
+def of(trainer: Trainer) -> Result:
+    """What a run that is at its end has to report."""
+    return Result(
+        trainer.settings,
+        trainer.history,
+        trainer.steps,
+        len(trainer.data.train),
+        networks.parameters(trainer.model),
+        trainer.seconds,
+        facts(trainer.ranks),
+    )
 
 
 def write(folder: Path, result: Result) -> None:

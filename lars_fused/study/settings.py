@@ -18,6 +18,7 @@ CHOICES = {
     "scaling": ("none", "linear", "sqrt"),
     "decay": ("poly", "step", "cosine", "constant"),
     "augment": ("none", "minimal", "extended"),
+    "pixels": ("standardised", "unit"),
 }
 
 
@@ -32,6 +33,7 @@ class Settings:
         validation: training images held out to stand in for the test set; 0 for the test set.
         augment: "none"; "minimal" shifts by up to an eighth and flips; "extended" crops 8 to 100 %
             of the area at aspect ratios of 3/4 to 4/3 and flips.
+        pixels: "standardised" by channel over the training images, or "unit", in [0, 1].
         network, width: a name of `lars_fused.study.networks.NETWORKS`, and its share of channels.
         optimizer, convention: `convention` is for LARS: a name of `lars_fused.conventions`.
         lr: γ at `base_batch` images a step, or as it is with scaling="none".
@@ -51,8 +53,11 @@ class Settings:
         momentum_correction: None leaves each optimizer its own form; True has the momentum buffer
             follow changes of γ (Goyal et al., 2017, remark 2), False not.
         seed: of the initial weights, the order of the images, augmentation and dropout.
+        test_too: with `validation`, measure the test set as well, apart from the held-out images.
         evaluations: about how many times the test set is looked at; the last step always is one.
         layers: about how many times every layer's norms are recorded; the first step is one.
+        order: what decides the images of a step: "" for one shuffle an epoch, else the name that
+            an experiment gives to its own order.
     """
 
     data: str = "digits"
@@ -60,6 +65,7 @@ class Settings:
     train_images: int = 0
     validation: int = 0
     augment: str = "none"
+    pixels: str = "standardised"
     network: str = "mlp"
     width: float = 1.0
     optimizer: str = "lars"
@@ -84,8 +90,10 @@ class Settings:
     step_factor: float = 0.1
     momentum_correction: bool | None = None
     seed: int = 0
+    test_too: bool = False
     evaluations: int = 10
     layers: int = 0
+    order: str = ""
 
     def __post_init__(self) -> None:
         """Refuses what no run can use, by the name of its option."""

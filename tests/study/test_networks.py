@@ -31,6 +31,8 @@ PUBLISHED = {
     + affine(64 * 2 * 2, 384) + affine(384, 192) + 2 * (384 + 192) + affine(192, 10),
     "mlp": affine(784, 100) + affine(100, 100) + affine(100, 47),
     "mlp-bn": affine(784, 100) + affine(100, 100) + affine(100, 47) + 4 * 100,
+    "mlp-bn-normal": affine(784, 100) + affine(100, 100) + affine(100, 47) + 4 * 100,
+    "mlp-bn-frozen": affine(784, 100) + affine(100, 100) + affine(100, 47),
     "conv1": affine(25, 10) + affine(1960, 576) + affine(576, 160) + affine(160, 47),
     "conv2": affine(25, 5) + affine(125, 10) + affine(490, 150) + affine(150, 47),
     "linear": affine(784, 47),

@@ -22,8 +22,8 @@ NETWORK_HELP = ", ".join(f"{name} ({n.about})" for name, n in networks.NETWORKS.
 class Numbers(click.ParamType):  # type: ignore[type-arg]
     """Comma-separated numbers of one kind."""
 
-    def __init__(self, kind: type, words: tuple[str, ...] = ()):
-        self.kind, self.words = kind, words
+    def __init__(self, kind: type, words: tuple[str, ...] = (), *, zero: bool = False):
+        self.kind, self.words, self.zero = kind, words, zero
         self.name = "a,b,c"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> tuple[Any, ...]:
@@ -34,8 +34,10 @@ class Numbers(click.ParamType):  # type: ignore[type-arg]
             found = tuple(p if p in self.words else self.kind(p) for p in str(value).split(","))
         except ValueError:
             self.fail(f"{value!r} is not a list of numbers like 1,2,3", param, ctx)
-        if any(not isinstance(n, str) and not 0 < n < float("inf") for n in found):
-            self.fail(f"{value!r}: the numbers must be positive", param, ctx)
+        numbers = [n for n in found if not isinstance(n, str)]
+        if not all(0 <= n < float("inf") and (n or self.zero) for n in numbers):
+            kind = "not negative" if self.zero else "positive"
+            self.fail(f"{value!r}: the numbers must be {kind}", param, ctx)
         if len(set(found)) < len(found):
             self.fail(f"{value!r} names a number twice", param, ctx)
         return found
@@ -70,14 +72,21 @@ def several(*decorators: Callable[[Command], Command]) -> Callable[[Command], Co
     return decorate
 
 
-def what(network: str, width: float, epochs: float) -> Callable[[Command], Command]:
-    """What is trained: data, network and length, with a command's own defaults."""
+def data_and_network(network: str, width: float) -> Callable[[Command], Command]:
+    """What is trained, with a command's own defaults."""
     return several(
         click.option("--data", default="digits", show_default=True, help=DATA_HELP),
         click.option("--resolution", default=0, help="Pixels a side; 0 as they are."),
         click.option("--train-images", default=0, help="Training images to use; 0 for all."),
         click.option("--network", default=network, show_default=True, help=NETWORK_HELP),
         click.option("--width", default=width, show_default=True, help="Share of the channels."),
+    )
+
+
+def what(network: str, width: float, epochs: float) -> Callable[[Command], Command]:
+    """What is trained and for how long."""
+    return several(
+        data_and_network(network, width),
         click.option("--epochs", default=float(epochs), show_default=True),
     )
 
@@ -103,6 +112,21 @@ only = click.option(
 tensorboard = click.option(
     "--tensorboard", is_flag=True, help="Write events for TensorBoard as well (needs tensorboard)."
 )
+
+
+@contextmanager
+def counter(total: int, label: str) -> Iterator[Callable[[], None]]:
+    """A progress bar of whole runs, for sweeps of short ones; nothing without a terminal."""
+    from tqdm import tqdm
+
+    hidden = not sys.stderr.isatty()
+    with tqdm(total=total, unit="run", desc=label, leave=False, disable=hidden) as drawn:
+
+        def done() -> None:
+            drawn.update()
+
+        yield done
+    click.echo(f"{label}: {total} done")
 
 
 @contextmanager

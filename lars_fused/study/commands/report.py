@@ -9,11 +9,23 @@ import click
 
 from lars_fused.study import plans
 from lars_fused.study.errors import StudyError
-from lars_fused.study.experiments import batch_size_report, layers_report, train_report
+from lars_fused.study.experiments import (
+    batch_size_report,
+    layers_report,
+    noise_report,
+    rules_report,
+    train_report,
+)
+from lars_fused.study.experiments.minibatch import report as minibatch_report
+from lars_fused.study.experiments.sharpness import report as sharpness_report
 
 REPORTS: dict[str, Callable[[Path], str]] = {
     "batch-size": batch_size_report.report,
     "layers": layers_report.report,
+    "minibatch": minibatch_report.report,
+    "sharpness": sharpness_report.report,
+    "noise": noise_report.report,
+    "rules": rules_report.report,
     "train": train_report.report,
 }
 

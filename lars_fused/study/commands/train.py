@@ -25,6 +25,7 @@ HELP = {
     "train_images": "Training images to use; 0 for all.",
     "validation": "Training images held out to stand in for the test set.",
     "augment": "minimal: shift and flip; extended: crops of any scale and aspect, and flip.",
+    "pixels": "standardised: mean 0 and deviation 1 by channel; unit: in [0, 1].",
     "network": options.NETWORK_HELP,
     "width": "Share of the network's channels.",
     "convention": "Which LARS.",
@@ -43,14 +44,17 @@ HELP = {
     "milestones": "Shares of the run after which --decay step multiplies by --step-factor.",
     "momentum_correction": "Let the momentum buffer follow changes of the rate, or not; by default "
     "each optimizer has its own form.",
+    "test_too": "With --validation: measure the test set as well.",
     "evaluations": "About how many times the test set is looked at.",
     "layers": "About how many times every layer's norms are recorded.",
 }
 
 
 def every_setting(command: Callable[..., Any]) -> Callable[..., Any]:
-    """An option for each field of `Settings`, with its default."""
+    """An option for each field of `Settings`, with its default; an order is an experiment's own."""
     for field in reversed(fields(Settings)):
+        if field.name == "order":
+            continue
         assert field.default is not MISSING
         name, default = "--" + field.name.replace("_", "-"), field.default
         kind: dict[str, Any] = {

@@ -16,11 +16,22 @@ from lars_fused.study.data.images import (
     first,
     hold_out,
     in_memory,
+    in_unit_range,
     standardised,
 )
 from lars_fused.study.errors import StudyError
 
-__all__ = ["NAMES", "Data", "Images", "Split", "first", "hold_out", "in_memory", "load"]
+__all__ = [
+    "NAMES",
+    "Data",
+    "Images",
+    "Split",
+    "first",
+    "hold_out",
+    "in_memory",
+    "in_unit_range",
+    "load",
+]
 
 NAMES = {
     "digits": "1,297 training and 500 test images, 8x8, 10 classes; comes with scikit-learn",

@@ -118,6 +118,22 @@ def standardised(name: str, train: Split, test: Split, classes: tuple[str, ...])
     return Data(name, parts[0], parts[1], classes)
 
 
+def in_unit_range(data: Data) -> Data:
+    """The same data with pixels in [0, 1] instead of standardised.
+
+    Bytes are divided by 255, other pixels by the largest of the training images.
+    """
+    pixels = data.train.images.pixels
+    measured = isinstance(pixels, Tensor) and pixels.dtype != torch.uint8
+    largest = float(pixels[data.train.images.index].max()) if measured else 255.0  # type: ignore[index]
+    zero = torch.zeros_like(data.train.images.mean)
+    parts = [
+        Split(replace(s.images, mean=zero, std=zero + largest), s.labels)
+        for s in (data.train, data.test)
+    ]
+    return replace(data, train=parts[0], test=parts[1])
+
+
 def first(data: Data, images: int) -> Data:
     """The same data with that many training images, drawn once and for all."""
     if images > len(data.train):

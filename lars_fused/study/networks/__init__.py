@@ -51,6 +51,12 @@ NETWORKS = {
     "c1": Network(small.c1, CIFAR, 283_274, "C1: two convolutions, two layers"),
     "mlp": Network(small.multilayer, EMNIST, 93_347, "two layers of 100"),
     "mlp-bn": Network(small.multilayer_bn, EMNIST, 93_747, "two layers of 100, normalised"),
+    "mlp-bn-normal": Network(
+        small.multilayer_bn_normal, EMNIST, 93_747, "the same, scale and shift from N(0, 1)"
+    ),
+    "mlp-bn-frozen": Network(
+        small.multilayer_bn_frozen, EMNIST, 93_347, "the same, scale and shift never updated"
+    ),
     "conv1": Network(small.one_convolution, EMNIST, 1_229_683, "one convolution"),
     "conv2": Network(small.two_convolutions, EMNIST, 82_137, "two convolutions"),
     "linear": Network(small.linear, EMNIST, 36_895, "softmax regression"),
@@ -78,7 +84,7 @@ def build(name: str, shape: tuple[int, int, int], classes: int, width: float = 1
 
 def parameters(network: nn.Module) -> int:
     """How many numbers the network learns."""
-    return sum(parameter.numel() for parameter in network.parameters())
+    return sum(p.numel() for p in network.parameters() if p.requires_grad)
 
 
 def normalises_batches(network: nn.Module) -> bool:

@@ -88,6 +88,25 @@ def multilayer_bn(inputs: int, side: int, classes: int, width: float = 1.0) -> n
     return _glorot(nn.Sequential(nn.Flatten(), *parts))
 
 
+def multilayer_bn_normal(inputs: int, side: int, classes: int, width: float = 1.0) -> nn.Sequential:
+    """The same, with scale and shift drawn from N(0, 1) as the coursework has them."""
+    network = multilayer_bn(inputs, side, classes, width)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias)
+    return network
+
+
+def multilayer_bn_frozen(inputs: int, side: int, classes: int, width: float = 1.0) -> nn.Sequential:
+    """The same, with scale and shift that never move: what the coursework's defect amounted to."""
+    network = multilayer_bn_normal(inputs, side, classes, width)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.requires_grad_(False)
+    return network
+
+
 def one_convolution(inputs: int, side: int, classes: int, width: float = 1.0) -> nn.Sequential:
     """10 filters of 5x5, max pooling, 576 and 160 units (section 5)."""
     filters = channels(10, width)
