@@ -1,6 +1,6 @@
 """Put small faults into the package, one at a time, and show that a test catches each.
 
-    python ci/mutate.py [--only TEXT] [--table FILE]
+    python ci/mutate.py [--only TEXT ...] [--part I/N] [--table FILE]
 
 Every fault is applied to a temporary copy of the repository, where a few quick tests run until
 the first failure; without a fault they must pass. Prints a table; the exit status is 1 if a fault
@@ -10,9 +10,9 @@ survives.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -40,10 +40,12 @@ class Fault(NamedTuple):
     new: str
 
 
-STEP, RULE, MEMORY, QUEUE, SUMS, L2, UPDATE = (
+STEP, RULE, MEMORY, QUEUE, SUMS, L2, UPDATE, TUNING = (
     f"kernels/{n}.py"
-    for n in ("lars_step", "lars_rule", "memory", "queue", "sums", "l2norm", "lars_update")
-)
+    for n in (
+        "lars_step", "lars_rule", "memory", "queue", "sums", "l2norm", "lars_update", "tuning",
+    )
+)  # fmt: skip
 ENGINE, STEPPED, STATE, TORCH_PART, PARTITION, CHK, PLAN, TABLES, POOL, PORTABLE = (
     f"lars_fused/_engine/{n}.py"
     for n in (
@@ -51,9 +53,16 @@ ENGINE, STEPPED, STATE, TORCH_PART, PARTITION, CHK, PLAN, TABLES, POOL, PORTABLE
         "launch_tables", "graph_pool", "portable",
     )
 )  # fmt: skip
-RATES, FUSED = (f"lars_fused/_engine/{n}.py" for n in ("rates", "fused"))
-REF, OPT, OPTIONS, CKPT = (
-    f"lars_fused/{n}.py" for n in ("reference", "optimizer", "options", "checkpoints/load")
+RATES, FUSED, SMALL, LARGE, DECAYED, RANKS, MEMBERS, CALLERS, QUEUE_STATE, WARNED = (
+    f"lars_fused/_engine/{n}.py"
+    for n in (
+        "rates", "fused", "small_batch", "large_tensor", "decayed_norm", "rank_check", "members",
+        "callers", "queue_state", "fallback",
+    )
+)  # fmt: skip
+REF, OPT, OPTIONS, CKPT, MONITOR = (
+    f"lars_fused/{n}.py"
+    for n in ("reference", "optimizer", "options", "checkpoints/load", "monitor")
 )
 # Tests that catch more than one.
 BY_HAND = "reference:by_hand"
@@ -67,7 +76,10 @@ HISTORY = "contract/tensors:frozen_late or more_patterns"
 BITWISE = "kernels/bitwise:one_launch"
 REGIMES = "kernels/compiled:regime"
 # One build each: the one-launch kernel in fp32 for sm_90.
+FP32_STEP = "sm_90 and lars_step and not bf16 and not fp16 and not atomic"
 ORDER = "kernels/codegen:data_is_asked and sm_90 and not bf16 and not fp16 and not atomic"
+BUDGET = f"kernels/codegen:stay_in_budget and {FP32_STEP}"
+WIDE = f"kernels/codegen:wide_accesses and {FP32_STEP}"
 LATENCY = "kernels/codegen:latencies and sm_90"
 TAIL = "kernels/codegen:tail_loads and sm_90"
 FAULTS = [
@@ -88,20 +100,20 @@ FAULTS = [
     Fault("bf16 truncated", "interpret", "contract/tensors:sizes_around or another_dtype", MEMORY,
           "rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16", "rounded = bits >> 16"),
     Fault("zero weights not special", "interpret", "contract/magnitudes:zeros", RULE,
-          "(adapt != 0) & (w_norm != 0) & (norm != 0)",
-          "(adapt != 0) & (norm != 0)"),
+          "adapt & (w_norm != 0) & (norm != 0)",
+          "adapt & (norm != 0)"),
     Fault("zero gradients not special", "interpret", "contract/magnitudes:zeros", RULE,
-          "(adapt != 0) & (w_norm != 0) & (norm != 0)",
-          "(adapt != 0) & (w_norm != 0)"),
+          "adapt & (w_norm != 0) & (norm != 0)",
+          "adapt & (w_norm != 0)"),
     Fault("eps ignored", "interpret", EVERY_OPTION, RULE,
           "* w_norm + eps",
           "* w_norm"),
     Fault("decayed norm not used", "interpret", EVERY_OPTION, RULE,
-          "tl.load(options + _DENOMINATOR) == _DECAYED",
-          "tl.load(options + _DENOMINATOR) == 7"),
+          "return (switches & _DECAYED) != 0",
+          "return (switches & 0) != 0"),
     Fault("ratio never clipped", "interpret", EVERY_OPTION, RULE,
-          "if clip != 0:",
-          "if clip > 7:"),
+          "if (switches & _CLIP) != 0:",
+          "if (switches & 0) != 0:"),
     Fault("zero norms always decay", "interpret", EVERY_OPTION, RULE,
           "tl.where(adapted, q, tl.where(raw, -1.0, 1.0))", "tl.where(adapted, q, 1.0)"),
     Fault("offsets wrap at 32 bits", "interpret", "contract/memory:huge_tensors", MEMORY,
@@ -120,8 +132,8 @@ FAULTS = [
           "tl.store(counter, (epoch + taken).to(tl.int64) << TICKET_BITS)",
           "tl.store(counter, epoch.to(tl.int64) << TICKET_BITS)"),
     Fault("maximize ignored by the table", "interpret", EVERY_OPTION, OPTIONS,
-          "lambda m: -1.0 if m else 1.0",
-          "lambda m: 1.0"),
+          '"maximize the objective", layout.MAXIMIZE',
+          '"maximize the objective", 0'),
     Fault("gradient addresses not refreshed", "interpret", "contract/storage:buffers", TABLES,
           "            if new != old:",
           "            if old is None:"),
@@ -163,6 +175,17 @@ FAULTS = [
           "if not validate.dense(w):", "if False:"),
     Fault("torch: a new buffer is read", "cpu", "engine/fused:first_step", FUSED,
           "            torch._foreach_zero_(new)", "            pass"),
+    Fault("torch: a written weight passes for the step's", "cpu", "engine/decayed_norm:written",
+          DECAYED, "return float(found[2]) if same else math.nan", "return float(found[2])"),
+    Fault("torch: N(d) without the momentum", "cpu", "engine/decayed_norm:before_the_step",
+          DECAYED, "before = now + out * v_.double()", "before = now"),
+    Fault("torch: rows of a batch joined wrongly", "cpu", EVERY_BACKEND, SMALL,
+          "return [sum(islice(rest, count)) for count in self._counts]",
+          "return [sum(islice(rest, 1)) for count in self._counts]"),
+    Fault("torch: a window's norms mixed up", "cpu", EVERY_BACKEND, LARGE,
+          "w, g = found[::2], found[1::2]", "g, w = found[::2], found[1::2]"),
+    Fault("torch: small factors rounded away", "cpu", "engine/fused:small", LARGE,
+          "return factor == 0 or factor >= LEAST_FACTOR[dtype]", "return True"),
     Fault("kernel: found_inf ignored", "interpret", "contract/amp:only_the_device", STEP,
           "taken = tl.load(found_inf) == 0", "taken = tl.load(found_inf) == tl.load(found_inf)"),
     Fault("hyper-parameters not checked in step", "cpu", "contract/bad_input:in_a_group", ENGINE,
@@ -187,7 +210,7 @@ FAULTS = [
     Fault("interrupted launch kept", "interpret", "contract/environment:interrupted", ENGINE,
           "self._prepared, self.last = {}, []",
           "pass"),
-    Fault("falling back warns every time", "interpret", FALLBACK, STEPPED,
+    Fault("falling back warns every time", "interpret", FALLBACK, WARNED,
           "if reason not in _warned:", "if True:"),
     Fault("tables made in inference mode", "interpret", "contract/training:inference", ENGINE,
           "with torch.inference_mode(False), torch.no_grad():",
@@ -218,6 +241,12 @@ FAULTS = [
           "        item = tl.load(items + next_ticket, mask=next_ticket < todo, other=0)\n"),
     Fault("machine code: a tail waits at each turn", "codegen", TAIL, MEMORY,
           "TAIL_TURNS = tl.constexpr(4)", "TAIL_TURNS = tl.constexpr(1)"),
+    Fault("machine code: registers for more programs than fit", "codegen", BUDGET, TUNING,
+          "launches=1, step_registers=104", "launches=1, step_registers=72"),
+    Fault("machine code: whole blocks read element by element", "codegen", WIDE, MEMORY,
+          "    if ALIGN > 1:", "    if ALIGN > 16:"),
+    Fault("plan: updates right behind their norms", "cpu", "bench/traffic:covers_the_waits", PLAN,
+          "pending.append((i, tape.length + lag))", "pending.append((i, tape.length))"),
     Fault("plan: no room for slots", "cpu", "engine/plan:chunk or boundar or slot", PLAN,
           "slots[i], n_slots = n_slots, n_slots + c", "slots[i], n_slots = n_slots, n_slots + 1"),
     Fault("plan: updates before norms", "cpu", "engine/plan:every_chunk", PLAN,
@@ -233,7 +262,7 @@ FAULTS = [
     Fault("a prepared step ignores the plan's options", "cpu", "engine/prepared_step:plan_depends",
           STEPPED, "if plan_facts(options) != self._plan_facts", "if False"),
     Fault("replaced state tensors not noticed", "cpu", "engine/prepared_step:put_in_place", STATE,
-          "and all(map(is_, now, self._held))", ""),
+          "return all(map(is_, now, held))", "return True"),
     Fault("dtypes share a launch", "cpu", "engine/partition:one_launch", PARTITION,
           "None if copy is None else copy.dtype,", "None,"),
     Fault("state is the optimizer's before the launch", "interpret", "contract/environment:raises",
@@ -254,8 +283,57 @@ FAULTS = [
           "tables = self._spare.pop(step)", "tables = self._spare[step]"),
     Fault("an option without its word", "cpu", "options_table:word or row", OPTIONS,
           '"weight decay", layout.DECAY', '"weight decay", layout.EPS'),
-    Fault("positional hyper-parameters taken", "cpu", "options_table:positional", OPT,
+    Fault("positional hyper-parameters taken", "cpu", "options_table:positional", CALLERS,
           "if len(args) > 2:", "if len(args) > 5:"),
+    # The seams of the engine, and what stands beside it.
+    Fault("seam: momentum above 1 allowed", "cpu", "contract/bad_input:is_refused_with", OPTIONS,
+          "layout.MOMENTUM, largest=1.0", "layout.MOMENTUM, largest=2.0"),
+    Fault("seam: dampening stored as it is given", "cpu", "options_table:row_encodes", OPTIONS,
+          "lambda t: 1.0 - t, 1.0", "lambda t: t, 1.0"),
+    Fault("seam: a group with another setting", "cpu", "contract/bad_input:is_refused_with", OPT,
+          "if param_group.get(name, value) != value:", "if False:"),
+    Fault("seam: partition gives no reason", "cpu", "engine/partition:says_why or named", PARTITION,
+          "reasons[i] = reason", "reasons[i] = ''"),
+    Fault("seam: the torch backend asks for kernels", "cpu", "engine/partition:asks_no_device",
+          PARTITION, 'if backend == "torch":', 'if backend == "none":'),
+    Fault("seam: tensors without momentum join any launch", "cpu", "engine/partition:join_no",
+          PARTITION, "and other[1]._replace(v=dtypes.v) == dtypes", ""),
+    Fault("seam: a prepared step matches any memory", "cpu", "engine/prepared_step:relied_on",
+          STEPPED, "or places(seen.tensors) == self._places", "or True"),
+    Fault("seam: new state is not committed", "cpu", "engine/new_state:once_it_is_committed", STATE,
+          "state[self.params[new.at]][new.key] = new.value", "pass"),
+    Fault("seam: state is committed anew at each step", "cpu", "engine/new_state:committed", STATE,
+          "        self.pending = ()\n", ""),
+    Fault("seam: tables of a capture die with its step", "cpu", "engine/graph_pool:outlive",
+          POOL, "self._captured.append((tables, tensors._replace(grads=[])))", "pass"),
+    Fault("seam: no tables for the next capture", "interpret", "gpu/emulated_graphs:graph", POOL,
+          "if step not in self._spare:\n            self._spare[step] = make()", "pass"),
+    Fault("seam: lost work is not noticed", "interpret", "kernels/watch:named or says_so",
+          QUEUE_STATE, "if lost or int(counter", "if int(counter"),
+    Fault("seam: ranks that disagree go on", "cpu", "distributed/ddp:disagree", RANKS,
+          "if all(other == digest for other in digests):", "if digests:"),
+    Fault("seam: names of parameters not compared", "cpu", "distributed/ddp:disagree", RANKS,
+          """f"{names[i]!r}, " if names else """, """"" if names else """),
+    Fault("seam: what runs is not compared", "cpu", "distributed/ddp:what_runs", RANKS,
+          "lines = [*runs, *_describe(groups, only)]", "lines = [*_describe(groups, only)]"),
+    Fault("seam: every step is recorded", "cpu", "monitor:layer_stats or asked_for", MONITOR,
+          "if self._step % self._every == 0:", "if True:"),
+    Fault("seam: each record is copied at once", "cpu", "monitor:asked_for", MONITOR,
+          ">= self._keep:", ">= 1:"),
+    Fault("seam: warnings need no patience", "cpu", "monitor:patience", MONITOR,
+          "kept.step - since >= self._patience", "kept.step - since >= 0"),
+    Fault("seam: warnings are repeated", "cpu", "monitor:said_once", MONITOR,
+          "self._said.add(kind)", "pass"),
+    Fault("seam: replaced parameters not followed", "cpu", "contract/members:follow_it", MEMBERS,
+          "found.append(member if new is None else", "found.append(member if True else"),
+    Fault("seam: where parameters come from is forgotten", "cpu",
+          "contract/members:after_the_optimizer", MEMBERS, "    origins.note(followed)\n", ""),
+    Fault("seam: excluded tensors are decayed", "cpu", "contract/members:one_switch", ENGINE,
+          "o._replace(adapt=False, weight_decay=0.0)", "o._replace(adapt=False)"),
+    Fault("seam: biases known by name are not excluded", "cpu", "contract/members:one_switch",
+          ENGINE, " or (ndim >= 1 and names and is_bias(names[i]))", ""),
+    Fault("seam: Lightning is told that scales are read", "cpu",
+          "contract/grad_scaler:lightning_may", CALLERS, "not in _UNSCALE", "is not _UNSCALE"),
 ]  # fmt: skip
 
 
@@ -277,44 +355,62 @@ def copy_of_repository(to: Path) -> None:
             shutil.copy(source, to / name)
 
 
-def tests_fail(where: Path, fault: Fault) -> str | None:
-    """The first quick test that fails in the copy, or None."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-W", "ignore"]
-    names = fault.tests.split(":")[1]
-    command += [
-        "-m",
-        f"{fault.tier} and not slow",
-        "-k",
-        names,
-        str(where / path_of(fault)),
-    ]
-    interpret = "1" if fault.tier == "interpret" else "0"
-    env = {**os.environ, "TRITON_INTERPRET": interpret, "PYTHONDONTWRITEBYTECODE": "1"}
-    # Import the copy, not an installed package.
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(where), os.environ.get("PYTHONPATH")]))
-    try:
-        done = subprocess.run(
-            command, cwd=where, env=env, capture_output=True, text=True, timeout=SECONDS,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS)),
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return f"(stopped after {SECONDS} s)"
-    if done.returncode == 0:
-        return None
-    found = re.search(r"^(?:FAILED|ERROR) \S*?(\w+\.py)(?:::(\w+))?", done.stdout, re.MULTILINE)
-    if done.returncode == 1 and found:
-        return "::".join(filter(None, found.groups()))
-    if done.returncode < 0:
-        return f"(ended by signal {-done.returncode})"
-    raise RuntimeError(f"the tests did not run:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+class Runner:
+    """Runs pytest in the copy, in forks of two processes: triton reads TRITON_INTERPRET once."""
+
+    def __init__(self, where: Path) -> None:
+        self.where, self._output = where, where / "output"
+        self._servers: dict[str, subprocess.Popen[str]] = {}
+
+    def _server(self, interpret: str) -> subprocess.Popen[str]:
+        if interpret not in self._servers:
+            # Import the copy, not an installed package.
+            path = os.pathsep.join(filter(None, [str(self.where), os.environ.get("PYTHONPATH")]))
+            env = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": interpret}
+            self._servers[interpret] = subprocess.Popen(
+                [sys.executable, str(ROOT / "ci" / "forked_pytest.py")],
+                env={**env, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"},
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            )  # fmt: skip
+        return self._servers[interpret]
+
+    def tests_fail(self, tier: str, file: Path, names: str) -> str | None:
+        """The first quick test that fails in the copy, or None."""
+        arguments = ["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore"]
+        arguments += ["-m", f"{tier} and not slow", "-k", names, str(self.where / file)]
+        server = self._server("1" if tier == "interpret" else "0")
+        order = [str(self.where), arguments, str(self._output), CPU_SECONDS, SECONDS]
+        print(json.dumps(order), file=server.stdin, flush=True)
+        status = int(server.stdout.readline())
+        if status == 0:
+            return None
+        output = self._output.read_text(errors="replace")
+        found = re.search(r"^(?:FAILED|ERROR) \S*?(\w+\.py)(?:::(\w+))?", output, re.MULTILINE)
+        if status == 1 and found:
+            return "::".join(filter(None, found.groups()))
+        if status < 0:
+            return f"(ended by signal {-status})"
+        raise RuntimeError(f"the tests did not run:\n{output[-4000:]}")
+
+
+def part_of(faults: list[Fault], part: str) -> list[Fault]:
+    """Part i of n, written i/n: whole files of tests, so that few tests run without a fault."""
+    number, parts = map(int, part.split("/"))
+    groups: dict[tuple[str, Path], list[Fault]] = {}
+    for fault in faults:
+        groups.setdefault((fault.tier, path_of(fault)), []).append(fault)
+    return [fault for group in list(groups.values())[number - 1 :: parts] for fault in group]
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="only faults with this text in the description")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="parts of descriptions, any of them"
+    )
+    parser.add_argument("--part", default="1/1", help="part i of n, as i/n, for several processes")
     parser.add_argument("--table", type=Path, help="also write the table to this file")
     args = parser.parse_args(argv)
-    chosen = [f for f in FAULTS if args.only in f.what]
+    chosen = part_of([f for f in FAULTS if any(text in f.what for text in args.only)], args.part)
     for fault in FAULTS:
         times = (ROOT / fault.path).read_text().count(fault.old)
         if times != 1:
@@ -324,16 +420,21 @@ def main(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         where = Path(folder)
         copy_of_repository(where)
-        for fault in {(f.tier, f.tests): f for f in chosen}.values():
-            if caught := tests_fail(where, fault):
-                raise SystemExit(f"without any fault {fault.tests} fails ({fault.tier}): {caught}")
+        runner = Runner(where)
+        names: dict[tuple[str, Path], set[str]] = {}
+        for fault in chosen:
+            names.setdefault((fault.tier, path_of(fault)), set()).add(fault.tests.split(":")[1])
+        for (tier, file), selections in names.items():
+            either = " or ".join(f"({selection})" for selection in sorted(selections))
+            if caught := runner.tests_fail(tier, file, either):
+                raise SystemExit(f"without any fault {file} fails ({tier}, {either}): {caught}")
         print(*lines, sep="\n", flush=True)
         for fault in chosen:
-            file = where / fault.path
-            whole = file.read_text()
-            file.write_text(whole.replace(fault.old, fault.new))
-            caught = tests_fail(where, fault)
-            file.write_text(whole)
+            source = where / fault.path
+            whole = source.read_text()
+            source.write_text(whole.replace(fault.old, fault.new))
+            caught = runner.tests_fail(fault.tier, path_of(fault), fault.tests.split(":")[1])
+            source.write_text(whole)
             survivors += caught is None
             by = f"`{caught}`" if caught else "**nothing**"
             lines.append(f"| {fault.what} | `{fault.path}` | {fault.tier} | {by} |")

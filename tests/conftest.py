@@ -66,13 +66,19 @@ def _fixed_seed() -> None:
 
 @pytest.fixture(autouse=True)
 def machine(pytestconfig: pytest.Config):
-    """In the tier `ptx`, the GPU that is not there."""
+    """In the tier `ptx`, the GPU that is not there, with small chunks.
+
+    All tests of the tier then share few compiled kernels; `kernels/test_compiled.py` runs those
+    with the constants that are launched.
+    """
     if running_tier(pytestconfig) != "ptx":
         yield None
         return
+    from tests.cases import small_row
     from tests.ptx.driver import pretended_gpu
 
-    with pretended_gpu() as driver:
+    with pretended_gpu() as driver, pytest.MonkeyPatch.context() as patch:
+        small_row(patch, "cpu")
         yield driver
 
 

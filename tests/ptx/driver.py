@@ -20,6 +20,7 @@ from tests.ptx import machine
 
 MULTIPROCESSORS, L2_BYTES = 2, 1 << 18
 _parsed: dict[str, machine.Kernel] = {}
+_ROWS = dict(launch.kernels().tuning.ROWS)  # as they are launched, whatever a test makes of them
 
 
 class LiveTensors:
@@ -56,11 +57,17 @@ class Driver(DriverBase):
             load_binary=self._load, get_device_properties=lambda _: {"max_shared_mem": 232_448}
         )
         self.launcher_cls = self._launcher
+        self.in_memory: list[dict[Any, Any]] = [{}, {}, {}]  # by kernel, as triton keeps them
+        self.in_launch: dict[Any, Any] = {}  # as the package keeps them
+        self._loading: dict[str, str] = {}
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget all but the kernels."""
         self.launches: list[str] = []
         self.compiled: list[str] = []
         self.schedule: dict[str, Any] = {}
         self._tensors = LiveTensors()
-        self._loading: dict[str, str] = {}
 
     @classmethod
     def is_active(cls) -> bool:
@@ -116,10 +123,29 @@ class Driver(DriverBase):
         return run
 
 
+def _kernels() -> tuple[Any, ...]:
+    modules = launch.kernels()
+    return modules.lars_step.lars_step, modules.l2norm.l2norm, modules.lars_update.lars_update
+
+
+_drivers: dict[int, Driver] = {}
+
+
 @contextmanager
-def pretended_gpu(capability: int = 90) -> Iterator[Driver]:
-    """Within the block the kernels of CPU tensors are compiled for a GPU and run on the machine."""
-    driver, real = Driver(capability), launch.run
+def pretended_gpu(capability: int = 90, *, fresh: bool = False) -> Iterator[Driver]:
+    """Within the block the kernels of CPU tensors are compiled for a GPU and run on the machine.
+
+    Kernels compiled in earlier blocks are still there, unless it is to be a fresh process's GPU.
+    The launch constants are those of the package.
+    """
+    if fresh or capability not in _drivers:
+        driver = Driver(capability)
+        if not fresh:
+            _drivers[capability] = driver
+    else:
+        driver = _drivers[capability]
+        driver.begin()
+    real = launch.run
     before = triton.runtime.driver.active if triton.runtime.driver._active else None
 
     def run(name: str, grid: int, args: Any, dtypes: Any, row: Any, device: Any) -> None:
@@ -129,12 +155,15 @@ def pretended_gpu(capability: int = 90) -> Iterator[Driver]:
         return f"sm_{capability}", MULTIPROCESSORS, L2_BYTES
 
     triton.runtime.driver.set_active(driver)
+    outside = [dict(kernel.device_caches) for kernel in _kernels()]
+    _keep(driver.in_memory)
     try:
         with (
             mock.patch.object(launch, "why_not", return_value=None),
             mock.patch.object(launch, "architecture", architecture),
             mock.patch.object(launch, "run", run),
-            mock.patch.object(launch, "_COMPILED", {}),
+            mock.patch.object(launch, "_COMPILED", driver.in_launch),
+            mock.patch.dict(launch.kernels().tuning.ROWS, _ROWS),
             mock.patch.object(torch.cuda, "device", return_value=nullcontext()),
             mock.patch.object(triton.knobs.runtime, "kernel_load_start_hook", driver.loading),
         ):
@@ -142,6 +171,12 @@ def pretended_gpu(capability: int = 90) -> Iterator[Driver]:
     finally:
         gc.unfreeze()
         triton.runtime.driver._active = before
-        for kernel in (launch.kernels().lars_step.lars_step, launch.kernels().l2norm.l2norm,
-                       launch.kernels().lars_update.lars_update):  # fmt: skip
-            kernel.device_caches.clear()  # their launchers belong to this driver
+        driver.in_memory = [dict(kernel.device_caches) for kernel in _kernels()]
+        _keep(outside)
+
+
+def _keep(caches: list[dict[Any, Any]]) -> None:
+    """Let triton have these compiled kernels and no others: launchers belong to one driver."""
+    for kernel, cache in zip(_kernels(), caches, strict=True):
+        kernel.device_caches.clear()
+        kernel.device_caches.update(cache)
