@@ -16,7 +16,16 @@ from torch import Tensor
 from ..options import Options
 from . import sgd_kernel
 from .rates import Rates
-from .square_norms import STAGE, blocks, joined, pair_norms, piece_count, piece_norms
+from .square_norms import (
+    STAGE,
+    blocks,
+    joined,
+    norm,
+    own_pieces,
+    pair_norms,
+    piece_count,
+    piece_norms,
+)
 
 WINDOW = 1 << 22  # elements of w and g that a large cache still holds in part
 # 1 − (1 − factor) is off by at most 2^-54: from here up, 2 ulp of float64, 1/4 ulp of float32.
@@ -52,11 +61,17 @@ class Window:
     index: their positions in the step's lists.
     """
 
-    def __init__(self, index: list[int], numels: Sequence[int], dtype: torch.dtype, plain: bool):
-        """Prepare for tensors of these sizes. `plain`: none needs to be widened."""
+    def __init__(
+        self, index: list[int], weights: Sequence[Tensor], dtype: torch.dtype, plain: bool
+    ):
+        """Prepare for tensors like these. `plain`: none needs to be widened."""
         self.index, self._plain = index, plain
         self._stages: list[_Stage] = []  # from the norms of a step to its update
-        counts = [piece_count(n) for n in numels]
+        self._dims = [own_pieces(w) for w in weights]
+        counts = [
+            len(w) if dims else piece_count(w.numel())
+            for w, dims in zip(weights, self._dims, strict=True)
+        ]
         if plain:
             # Written in later steps, which may run outside of inference mode.
             with torch.inference_mode(False), torch.no_grad():
@@ -79,9 +94,13 @@ class Window:
                 for t, stage in zip(tensors, self._stages, strict=True)
             ]
             return Squares(*map(list, zip(*each, strict=True)))
-        for t, (w, g) in zip(tensors, self._rows, strict=True):
-            piece_norms(t.w, w)
-            piece_norms(t.g, g)
+        for t, dims, (w, g) in zip(tensors, self._dims, self._rows, strict=True):
+            if dims:
+                norm(t.w, 2, dims, out=w)
+                norm(t.g, 2, dims, out=g)
+            else:
+                piece_norms(t.w, w)
+                piece_norms(t.g, g)
         found = joined(self._table)
         w, g = found[::2], found[1::2]
         return Squares(w, g, [math.nan] * len(tensors) if alpha else g)
@@ -130,7 +149,7 @@ def windows(
             same.append([])
         same[-1].append(i)
     return [
-        Window(window, [weights[i].numel() for i in window], dtype, plain)
+        Window(window, [weights[i] for i in window], dtype, plain)
         for (_, dtype, plain), found in groups.items()
         for window in found
     ]

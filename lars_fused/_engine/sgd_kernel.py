@@ -29,15 +29,17 @@ def run(
     """Update lists of tensors of one dtype and layout. `buffers` is empty if μ = 0."""
     if not weights:  # all that shared these options were left to the reference
         return
-    options: dict[str, Any] = {
-        "weight_decay": decay, "momentum": momentum, "lr": lr, "dampening": 1.0 - keep,
-        "nesterov": nesterov, "maximize": maximize,
-    }  # fmt: skip
     if _private is not None:
-        _private(weights, grads, buffers, is_first_step=False, **options)
+        _private(
+            weights, grads, buffers, weight_decay=decay, momentum=momentum, lr=lr,
+            dampening=1.0 - keep, nesterov=nesterov, maximize=maximize, is_first_step=False,
+        )  # fmt: skip
     else:
         held: list[Tensor | None] = [*buffers] if buffers else [None] * len(weights)
-        sgd([*weights], [*grads], held, foreach=False, fused=True, **options)
+        sgd(
+            [*weights], [*grads], held, foreach=False, fused=True, weight_decay=decay,
+            momentum=momentum, lr=lr, dampening=1.0 - keep, nesterov=nesterov, maximize=maximize,
+        )  # fmt: skip
 
 
 @functools.cache

@@ -23,7 +23,7 @@ PLAIN = (torch.Tensor, torch.nn.Parameter)
 # lost, so a norm of 1e-13 is accurate to 1e-9 up to 10^9 elements.
 RANGE = {torch.float32: (1e-13, 1e18), torch.float64: (1e-140, 1e140)}
 SQUARES = {dtype: (low * low, high * high) for dtype, (low, high) in RANGE.items()}
-_norm = torch.linalg.vector_norm
+norm = torch.linalg.vector_norm
 
 
 @functools.lru_cache(maxsize=4096)
@@ -38,15 +38,24 @@ def piece_count(numel: int) -> int:
     return _rows(numel) or numel // PIECE + 1
 
 
+def own_pieces(t: Tensor) -> tuple[int, ...]:
+    """Over which dimensions to take norms so that each entry of the first is a piece.
+
+    Saves making a view. Empty where such pieces would be too small or too large.
+    """
+    inner = t.numel() // max(1, len(t)) if t.dim() > 1 and t.is_contiguous() else 0
+    return tuple(range(1, t.dim())) if PIECE // 16 <= inner <= 2 * PIECE else ()
+
+
 def piece_norms(x: Tensor, out: Tensor | None = None) -> Tensor:
     """The norms of the pieces of a contiguous float32 or float64 tensor, in its dtype."""
     numel = x.numel()
     rows = _rows(numel)
     if rows:
-        norms: Tensor = _norm(x.view(rows, numel // rows), dim=1, out=out)
+        norms: Tensor = norm(x.view(rows, numel // rows), dim=1, out=out)
         return norms
     x, at = x.view(-1), numel // PIECE * PIECE
-    parts = [_norm(x[:at].view(-1, PIECE), dim=1), _norm(x[at:]).reshape(1)]
+    parts = [norm(x[:at].view(-1, PIECE), dim=1), norm(x[at:]).reshape(1)]
     return torch.cat(parts, out=out)
 
 
@@ -55,14 +64,14 @@ def pair_norms(pair: Tensor) -> Tensor:
     half = pair.numel() // 2
     rows = _rows(half)
     if rows:
-        norms: Tensor = _norm(pair.view(2 * rows, half // rows), dim=1)
+        norms: Tensor = norm(pair.view(2 * rows, half // rows), dim=1)
         return norms.view(2, rows)
     return torch.stack([piece_norms(pair[:half]), piece_norms(pair[half:])])
 
 
 def joined(table: Tensor) -> list[float]:
     """The joint squared norm of each row of piece norms."""
-    norms: list[float] = _norm(table, dim=1, dtype=torch.float64).tolist()
+    norms: list[float] = norm(table, dim=1, dtype=torch.float64).tolist()
     return [norm * norm for norm in norms]
 
 
