@@ -98,8 +98,8 @@ class Monitor:
                 )
         if writer is not None and not hasattr(writer, "add_scalar") and not callable(writer):
             raise TypeError(
-                f"Monitor: writer is a {type(writer).__name__}; must be a SummaryWriter or a "
-                "function of (step, {layer: LayerStats})"
+                "Monitor: writer must be a SummaryWriter or a function of "
+                f"(step, {{layer: LayerStats}}), not {type(writer).__name__}"
             )
         self.history: list[tuple[int, dict[Layer, LayerStats]]] = []
         self._writer, self._every, self._keep, self._tag = writer, every, keep, tag
@@ -209,7 +209,7 @@ def _unwrapped(optimizer: Any) -> LARS:
     while not isinstance(found, LARS) and hasattr(found, "optimizer"):
         found = found.optimizer
     if not isinstance(found, LARS):
-        raise TypeError(f"Monitor: optimizer is a {type(optimizer).__name__}; must be a LARS")
+        raise TypeError(f"Monitor: optimizer must be a LARS, not {type(optimizer).__name__}")
     return found
 
 

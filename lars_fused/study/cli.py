@@ -5,20 +5,28 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-import click
+try:
+    import click
 
-from lars_fused.study.commands import (
-    batch_size,
-    layers,
-    minibatch,
-    noise,
-    recipes,
-    report,
-    rules,
-    sharpness,
-    train,
-)
-from lars_fused.study.errors import StudyError
+    from lars_fused.study.commands import (
+        batch_size,
+        layers,
+        minibatch,
+        noise,
+        recipes,
+        report,
+        rules,
+        sharpness,
+        train,
+    )
+    from lars_fused.study.errors import StudyError
+except ModuleNotFoundError as missing:
+    if missing.name is None or missing.name.startswith("lars_fused"):
+        raise
+    raise SystemExit(
+        f"lars-study needs {missing.name}, which is not installed: pip install 'lars_fused[study]' "
+        "(from a checkout: pip install '.[study]')"
+    ) from missing
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

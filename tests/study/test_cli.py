@@ -288,3 +288,11 @@ def test_versions_and_command_are_in_the_result(tmp_path) -> None:
     assert Settings.from_dict(saved["settings"]).batch == 64
     assert saved["versions"]["torch"] == torch.__version__
     assert saved["command"][0] == "lars-study"
+
+
+def test_a_missing_extra_is_named_with_the_remedy() -> None:
+    code = "import sys; sys.modules['click'] = None; import lars_fused.study.cli"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert run.stderr.startswith("lars-study needs click, which is not installed: pip install")
+    assert len(run.stderr.splitlines()) == 1
