@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..options import Options
 from . import portable, sgd_kernel, validate
-from .large_tensor import Large, Squares, Window, windows
+from .large_tensor import Large, Squares, Stage, Window, windows
 from .rates import Rates, rates_of
 from .small_batch import LARGEST, Batch, Scratch, batches
 from .square_norms import PLAIN, RANGE, SQUARES, in_order, is_zero
@@ -192,12 +192,12 @@ class _Step:
             d = batch.squares("D") if exact else [math.nan] * len(index)
         self.note(index, Squares(w, g, d))
 
-    def measure_window(self, window: Window, tensors: Sequence[Large]) -> None:
+    def measure_window(self, window: Window, tensors: Sequence[Large], stage: Stage) -> None:
         """For a window, the norms, unless they were passed in."""
         if not self.measured:
             i = window.index[0]
             exact = self.o[i].denominator == "decayed"
-            self.note(window.index, window.squares(tensors, self.alpha(i), exact))
+            self.note(window.index, window.squares(tensors, self.alpha(i), exact, stage))
 
 
 def step_(
@@ -249,9 +249,10 @@ def _update_batch(step: _Step, batch: Batch, copies: Sequence[Tensor | None]) ->
 
 
 def _update_window(step: _Step, window: Window, tensors: Sequence[Large]) -> None:
-    step.measure_window(window, tensors)
+    stage = Stage(tensors)
+    step.measure_window(window, tensors, stage)
     rates, o = step.rates(window.index), step.o[window.index[0]]
-    window.update(tensors, rates, o, step.scale, step.extreme)
+    window.update(tensors, rates, o, step.scale, step.extreme, stage)
 
 
 def square_sums_of(
@@ -266,5 +267,6 @@ def square_sums_of(
     for batch in step.plan.batches:
         step.measure_batch(batch)
     for window in step.plan.windows:
-        step.measure_window(window, [step.tensor(i) for i in window.index])
+        tensors = [step.tensor(i) for i in window.index]
+        step.measure_window(window, tensors, Stage(tensors))
     return torch.tensor(step.sums, dtype=torch.float64, device="cpu")

@@ -66,7 +66,6 @@ class Window:
     ):
         """Prepare for tensors like these. `plain`: none needs to be widened."""
         self.index, self._plain = index, plain
-        self._stages: list[_Stage] = []  # from the norms of a step to its update
         self._dims = [own_pieces(w) for w in weights]
         counts = [
             len(w) if dims else piece_count(w.numel())
@@ -79,20 +78,17 @@ class Window:
             rows = [row[: counts[k // 2]] for k, row in enumerate(self._table)]
             self._rows = list(zip(rows[::2], rows[1::2], strict=True))
 
-    def squares(self, tensors: Sequence[Large], alpha: float, exact: bool) -> Squares:
+    def squares(self, tensors: Sequence[Large], alpha: float, exact: bool, stage: Stage) -> Squares:
         """The squared norms of its tensors.
 
         Args:
             tensors: in the order of `index`.
             alpha: the multiple of w that is added to g.
             exact: whether N(g + alpha·w) is needed.
+            stage: for what must be widened; `update` takes the same one.
         """
         if not self._plain or (exact and alpha):
-            self._stages = [_Stage(t.w, t.dtype) for t in tensors]
-            each = [
-                _squares_in_stages(t, alpha, exact, stage)
-                for t, stage in zip(tensors, self._stages, strict=True)
-            ]
+            each = [_squares_in_stages(t, alpha, exact, stage) for t in tensors]
             return Squares(*map(list, zip(*each, strict=True)))
         for t, dims, (w, g) in zip(tensors, self._dims, self._rows, strict=True):
             if dims:
@@ -106,8 +102,9 @@ class Window:
         return Squares(w, g, [math.nan] * len(tensors) if alpha else g)
 
     def update(
-        self, tensors: Sequence[Large], rates: Rates, o: Options, scale: float, left: set[int]
-    ) -> None:
+        self, tensors: Sequence[Large], rates: Rates, o: Options, scale: float, left: set[int],
+        stage: Stage,
+    ) -> None:  # fmt: skip
         """Update its tensors, the last one first: it has just left the most in the cache.
 
         Args:
@@ -116,18 +113,16 @@ class Window:
             o: their options.
             scale: the loss scale.
             left: indices that are not updated.
+            stage: the one that `squares` was given.
         """
-        stages: Sequence[_Stage | None] = self._stages or [None] * len(tensors)
-        self._stages = []
-        each = list(zip(self.index, tensors, rates.factors, rates.decays, stages, strict=True))
-        for i, t, factor, decay, stage in reversed(each):
+        each = list(zip(self.index, tensors, rates.factors, rates.decays, strict=True))
+        for i, t, factor, decay in reversed(each):
             if i in left:
                 continue
             factor /= scale
             if self._plain and t.kernel_fits(o) and expressible(factor, t.dtype):
                 _update(t, factor, decay * scale, rates.out, o)
             else:
-                stage = stage or _Stage(t.w, t.dtype)
                 _update_in_stages(t, factor, decay * scale, rates.out, o, stage)
 
 
@@ -155,25 +150,29 @@ def windows(
     ]
 
 
-class _Stage:
-    """Memory in which blocks of tensors are widened, a pair at a time."""
+class Stage:
+    """Memory in which blocks of some tensors are widened, a pair at a time; made when needed."""
 
-    def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
-        self._memory = torch.empty(2 * min(STAGE, like.numel()), dtype=dtype, device="cpu")
+    def __init__(self, tensors: Sequence[Large]) -> None:
+        self._size = min(STAGE, max(t.w.numel() for t in tensors))
+        self._dtype = tensors[0].dtype
+        self._memory: Tensor | None = None
         self._views: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self.filled_from = 0
         """The address of the block of w that it holds, beside that of g; 0 for none."""
 
     def pair(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
         """Memory for two blocks of this size, one after the other: both, the first, the second."""
-        if size not in self._views:  # at most two: of whole blocks, and of a tensor's last
+        if self._memory is None:
+            self._memory = torch.empty(2 * self._size, dtype=self._dtype, device="cpu")
+        if size not in self._views:  # of whole blocks, and of each tensor's last
             both = self._memory[: 2 * size]
             self._views[size] = both, both[:size], both[size:]
         return self._views[size]
 
 
 def _squares_in_stages(
-    t: Large, alpha: float, exact: bool, stage: _Stage
+    t: Large, alpha: float, exact: bool, stage: Stage
 ) -> tuple[float, float, float]:
     """N(w)², N(g)², and if `exact`, N(g + alpha·w)². Leaves the last block in the stage."""
     wide = not (t.w.dtype == t.g.dtype == t.dtype)
@@ -215,7 +214,7 @@ def _update(t: Large, factor: float, alpha: float, out: float, o: Options) -> No
 
 
 def _update_in_stages(
-    t: Large, factor: float, alpha: float, out: float, o: Options, stage: _Stage
+    t: Large, factor: float, alpha: float, out: float, o: Options, stage: Stage
 ) -> None:
     """The same for what `_update` cannot express or store, with `nesterov` and `copy`."""
     held = t.v if o.momentum else None

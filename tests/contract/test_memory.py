@@ -126,6 +126,23 @@ def test_a_portable_step_takes_less_than_one_percent_of_the_parameters(tier):
 
 
 @pytest.mark.row(60)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_tensors_of_middling_size_are_widened_one_at_a_time(tier, dtype):
+    """With a denominator that needs N(g + βw): not the memory of all of them at once."""
+    if tier != "cpu":
+        pytest.skip("of the portable path")
+    params = [torch.nn.Parameter(torch.ones(200, 300, dtype=dtype)) for _ in range(100)]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer = LARS(params, **STRONG, denominator="decayed", backend="torch")
+    optimizer.step()
+    optimizer.step()
+    most, held = allocations(optimizer.step)
+    assert 0 < most < 4 * 4 * 60_000  # two blocks of fp32, and as much again
+    assert held < 1024
+
+
+@pytest.mark.row(60)
 def test_ten_thousand_steps_leave_nothing_behind(tier, backend, device, monkeypatch):
     if tier != "cpu":  # the host side of a launch alone: the interpreter takes 10 ms a step
         internals.replace_launch(monkeypatch, lambda *_: None)
