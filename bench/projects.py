@@ -129,15 +129,16 @@ def apex_larc(inputs: Inputs) -> Variant:
 
 
 def apex_fused_lars(inputs: Inputs) -> Variant:
-    """ROCm's apex only. Not compared with the reference: momentum differs in sign and unit."""
+    """ROCm's apex only. Its buffer is what is added to the weights: −v."""
     same_dtype(inputs, "apex FusedLARS")
     fused = importlib.import_module("apex.optimizers").FusedLARS
     params, h = parameters(inputs), inputs.hyper
     optimizer = fused(
-        groups(inputs, params, weight_decay=0.0), lr=h.lr, momentum=h.momentum,
-        weight_decay=h.weight_decay, trust_coefficient=h.trust_coefficient,
+        groups(inputs, params, weight_decay=0.0, is_skipped=True), lr=h.lr, momentum=h.momentum,
+        weight_decay=h.weight_decay, trust_coefficient=h.trust_coefficient, eps=h.eps,
     )  # fmt: skip
-    return Variant(optimizer.step, lambda: params)
+    with_momentum(optimizer, params, [-v.to(inputs.w[0].dtype) for v in inputs.v])
+    return Variant(optimizer.step, lambda: params, options=inputs.options())
 
 
 def optax_lars(inputs: Inputs) -> Variant:
