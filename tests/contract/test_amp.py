@@ -37,13 +37,12 @@ def scaled_run(scaler, optimizer, params, bad_steps, bad, steps=5):
         scaler.step(optimizer)
         if step in bad_steps:
             assert same_bits(copies(params), before)
-            assert same_bits(momenta_now(optimizer, params), moments)
+            for v, held in zip(momenta(optimizer, params), moments, strict=True):
+                if held is None:  # on a GPU the host never learns that its first step was skipped
+                    assert v is None or not v.any()
+                else:
+                    assert same_bits([v], [held])
         scaler.update(SCALE)
-
-
-def momenta_now(optimizer, params):
-    optimizer.state_dict()  # lets it take back what a skipped first step has made
-    return momenta(optimizer, params)
 
 
 def scaler_for(device):
