@@ -27,9 +27,11 @@ class Timing:
     *walk*: `python -m bench.walk` of the kernel for sm_90 with fp32 tensors, triton 3.7.1.
     *counted*: instructions of a loop in that machine code. *published*: gpu-benches (te42kyfo),
     latencies of an H100, clock of an H200. *assumed*: between figures of the other kinds.
+    *fitted*: to steps of ViT-B/16 measured on an H200 with five launch geometries (LOG.md).
     """
 
     ghz: float = 1.755  # published
+    loaded: float = 1.5  # fitted: latencies in a busy memory system over those below
     dram: int = 1140  # published: 650 ns
     l2: int = 386  # published: 220 ns, between the near and the far half
     start: int = 1900  # assumed: found_inf, grad_scale, first ticket, its item: five round trips
@@ -107,7 +109,8 @@ class _Launch:
             self.first_key.append(self.first_key[-1] + count * chunk_count(chunk, self.block))
         self.dram_free = self.l2_free = self.waited = 0.0
         self.issue_free = [0.0] * gpu.multiprocessors
-        self.us = 1e-3 / timing.ghz  # of a cycle
+        self.cycle_us = 1e-3 / timing.ghz
+        self.us = timing.loaded * self.cycle_us  # of a cycle of latency
         self.queue: list[tuple[float, int]] = []
 
     def run(self) -> Traffic:
@@ -158,7 +161,7 @@ class _Launch:
         return max(arrival, self.dram_free + self.timing.dram * self.us) if missed else arrival
 
     def _compute(self, now: float, sm: int, instructions: int, n: int) -> float:
-        took = instructions * n / 2048 * self.us
+        took = instructions * n / 2048 * self.cycle_us
         self.issue_free[sm] = max(now, self.issue_free[sm]) + took
         return self.issue_free[sm]
 

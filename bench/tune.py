@@ -47,6 +47,7 @@ RATIO = "time over present row"
 # and a bool that is not listed is tried both ways. What promises most comes first.
 VALUES: dict[str, tuple[Any, ...]] = {
     "order": ("ahead", "grouped"),
+    "hold": ("evict_last", ""),
     "evict": ("evict_first", ""),
     "block": (2048, 4096, 1024),
     "programs": (4, 5, 6, 3, 8, 2),
@@ -58,7 +59,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "num_warps": (4, 8, 2),
     "lanes": (128, 64, 256),
 }
-TOGETHER = ("order", "evict", "block", "programs", "backoff")  # and how a program polls
+TOGETHER = ("order", "hold", "evict", "block", "programs", "backoff")  # and how a program polls
 
 
 def swept(row: Any, l2_bytes: int) -> dict[str, tuple[Any, ...]]:

@@ -31,8 +31,8 @@ ARRIVE = r"ATOMG\.E\.ADD\.STRONG"
 PUBLISH = r"ATOMG\.E\.EXCH"
 POLL = r"LDG\.E\.64\.STRONG\.SYS"
 PARTIAL = r"LDG\.E\.64\.STRONG\.GPU"
-NORM_LOAD, UPDATE_LOAD = r"LDG\.E\.128", r"LDG\.E\.EF\.128"
-UPDATE_STORE = r"STG\.E\.EF\.128"
+NORM_LOAD, UPDATE_LOAD = r"LDG\.E\.EL\.", r"LDG\.E\.EF\."
+UPDATE_STORE = r"STG\.E\.EF\."
 SLOW = r"^CALL\.|NANOSLEEP"  # slow paths of fp64 functions, and a ratio that is not there yet
 TAIL = r"@!?P\d LDG\.E R"
 ITEM = r"LDG\.E\.64 R\d+, (?:desc\[UR\d+\])?\[R\d+\.64\]$"
@@ -162,9 +162,8 @@ def poll(spec: Spec) -> str:
 
 def update_path(made: Build) -> list[str]:
     """From the top of an update whose ratio is there to the top of the next item."""
-    waypoints = [DRAW, r"LDG\.E\.EF", poll(made.spec), ITEM, r"STG\.E\.EF", DRAW]
-    norms = r"LDG\.E\.(?:64|128) .*\+0x[48]00\]"
-    return path(control_flow(made.machine), waypoints, f"{SLOW}|{TAIL}|{norms}")
+    waypoints = [DRAW, UPDATE_LOAD, poll(made.spec), ITEM, UPDATE_STORE, DRAW]
+    return path(control_flow(made.machine), waypoints, f"{SLOW}|{TAIL}|{NORM_LOAD}")
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,7 @@ exec 3>&1 4>&2 > >(exec tee -a "$folder/log.txt") 2>&1
 tee=$!
 (while sleep "${SAVE_SECONDS:-15}" && kill -0 $$; do save; done) >/dev/null 2>&1 3>&1 4>&1 &
 saver=$!
+disown "$saver" # it is killed, which is not worth a message
 child=
 
 # What has left its process group may hold the log open, so that tee goes on: not waited for.

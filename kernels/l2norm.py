@@ -65,11 +65,11 @@ def l2norm(
     start, count, whole = chunk_span(numel, row_flags, chunk, CHUNK, BLOCK)
     w, g = load_pair(
         w_address, g_address, start, whole > 0,
-        BLOCK, W_DT, G_DT, W_ALIGN, G_ALIGN, EMULATE_BF16,
+        BLOCK, W_DT, G_DT, W_ALIGN, G_ALIGN, "", EMULATE_BF16,
     )  # fmt: skip
     w2, g2, d2 = chunk_square_sums(
         w, g, w_address, g_address, start, count, whole, factor, decay,
-        CHUNK, BLOCK, THREADS, W_DT, G_DT, W_ALIGN, G_ALIGN, EMULATE_BF16,
+        CHUNK, BLOCK, THREADS, W_DT, G_DT, W_ALIGN, G_ALIGN, "", EMULATE_BF16,
     )  # fmt: skip
     chunks = (numel + CHUNK - 1) // CHUNK
     if chunks == 1:

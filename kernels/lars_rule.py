@@ -169,11 +169,11 @@ def load_triple(
     W_ALIGN: tl.constexpr, G_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr,
     EVICT: tl.constexpr, EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
-    """A whole block of w, g and v, read for the last time (`load_block`). No v: zeros."""
+    """A whole block of w, g and v (`load_block`): w and g for the last time. No v: zeros."""
     w = load_block(w_address, at, there, BLOCK, W_DT, W_ALIGN, EVICT, EMULATE_BF16)
     g = load_block(g_address, at, there, BLOCK, G_DT, G_ALIGN, EVICT, EMULATE_BF16)
     v_at = pointer_to(v_address, V_DT, V_ALIGN, EMULATE_BF16) + at + tl.arange(0, BLOCK)
-    v = tl.load(v_at, mask=there & (v_address != 0), other=0, eviction_policy=EVICT)
+    v = tl.load(v_at, mask=there & (v_address != 0), other=0)  # a hint was slower (tuning.py)
     return w, g, v
 
 

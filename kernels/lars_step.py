@@ -97,6 +97,7 @@ def lars_step(
     G_ALIGN: tl.constexpr,
     V_ALIGN: tl.constexpr,
     COPY_ALIGN: tl.constexpr,
+    HOLD: tl.constexpr,
     EVICT: tl.constexpr,
     POLL_ATOMIC: tl.constexpr,
     BACKOFF: tl.constexpr,
@@ -134,7 +135,7 @@ def lars_step(
         if (kind & _NORM) != 0:
             w, g = load_pair(
                 w_address, g_address, start, whole > 0,
-                BLOCK, W_DT, G_DT, W_ALIGN, G_ALIGN, EMULATE_BF16,
+                BLOCK, W_DT, G_DT, W_ALIGN, G_ALIGN, HOLD, EMULATE_BF16,
             )  # fmt: skip
             decayed = uses_decayed_norm(switches)
             decay = tl.load(options + _DECAY).to(tl.float32)
@@ -142,7 +143,7 @@ def lars_step(
             next_item = tl.load(items + next_ticket, mask=next_ticket < todo, other=0)
             w2, g2, d2 = chunk_square_sums(
                 w, g, w_address, g_address, start, count, whole, factor, decay,
-                CHUNK, BLOCK, THREADS, W_DT, G_DT, W_ALIGN, G_ALIGN, EMULATE_BF16,
+                CHUNK, BLOCK, THREADS, W_DT, G_DT, W_ALIGN, G_ALIGN, HOLD, EMULATE_BF16,
             )  # fmt: skip
             chunks = (numel + CHUNK - 1) // CHUNK
             complete = chunks == 1

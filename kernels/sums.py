@@ -91,7 +91,7 @@ def _sum_squares(
     w, g, w_address, g_address, start, count, whole, factor, decay, w_unit, g_unit, d_unit,
     RESCALE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr,
     W_DT: tl.constexpr, G_DT: tl.constexpr, W_ALIGN: tl.constexpr, G_ALIGN: tl.constexpr,
-    EMULATE_BF16: tl.constexpr,
+    HOLD: tl.constexpr, EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
     """Fp32 sums of squares over one chunk, whose first whole block was loaded as w and g.
 
@@ -115,7 +115,7 @@ def _sum_squares(
         if BLOCK < CHUNK:
             w, g = load_pair(
                 w_address, g_address, start + element_offset(block, BLOCK), block < whole,
-                BLOCK, W_DT, G_DT, W_ALIGN, G_ALIGN, EMULATE_BF16,
+                BLOCK, W_DT, G_DT, W_ALIGN, G_ALIGN, HOLD, EMULATE_BF16,
             )  # fmt: skip
     # The rest, and everything of a misaligned tensor: masked, element by element.
     thread = tl.arange(0, THREADS)
@@ -145,14 +145,14 @@ def _sum_squares(
 @triton.jit
 def load_pair(
     w_address, g_address, at, there,
-    BLOCK: tl.constexpr, W_DT: tl.constexpr, G_DT: tl.constexpr,
-    W_ALIGN: tl.constexpr, G_ALIGN: tl.constexpr, EMULATE_BF16: tl.constexpr,
+    BLOCK: tl.constexpr, W_DT: tl.constexpr, G_DT: tl.constexpr, W_ALIGN: tl.constexpr,
+    G_ALIGN: tl.constexpr, HOLD: tl.constexpr, EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
-    """A whole block of w and g. Without a hint: the update will read them again."""
-    w = load_block(w_address, at, there, BLOCK, W_DT, W_ALIGN, "", EMULATE_BF16)
+    """A whole block of w and g. HOLD: eviction policy of what the update will read again."""
+    w = load_block(w_address, at, there, BLOCK, W_DT, W_ALIGN, HOLD, EMULATE_BF16)
     g = w
     if G_DT is not None:
-        g = load_block(g_address, at, there, BLOCK, G_DT, G_ALIGN, "", EMULATE_BF16)
+        g = load_block(g_address, at, there, BLOCK, G_DT, G_ALIGN, HOLD, EMULATE_BF16)
     return w, g
 
 
@@ -179,7 +179,7 @@ def chunk_square_sums(
     w, g, w_address, g_address, start, count, whole, factor, decay,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr,
     W_DT: tl.constexpr, G_DT: tl.constexpr, W_ALIGN: tl.constexpr, G_ALIGN: tl.constexpr,
-    EMULATE_BF16: tl.constexpr,
+    HOLD: tl.constexpr, EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
     """Float64 sums of w², (s·g)² and d² over one chunk, right over the whole range of fp32.
 
@@ -190,7 +190,7 @@ def chunk_square_sums(
     one = tl.full([], 1.0, tl.float32)
     w_sum, g_sum, d_sum = _sum_squares(
         w, g, w_address, g_address, start, count, whole, factor, decay, one, one, one,
-        False, CHUNK, BLOCK, THREADS, W_DT, G_DT, W_ALIGN, G_ALIGN, EMULATE_BF16,
+        False, CHUNK, BLOCK, THREADS, W_DT, G_DT, W_ALIGN, G_ALIGN, HOLD, EMULATE_BF16,
     )  # fmt: skip
     w_unit = _rescue_unit(w_sum)
     g_unit = _rescue_unit(g_sum)
@@ -201,11 +201,11 @@ def chunk_square_sums(
     if not fits:
         w, g = load_pair(
             w_address, g_address, start, whole > 0,
-            BLOCK, W_DT, G_DT, W_ALIGN, G_ALIGN, EMULATE_BF16,
+            BLOCK, W_DT, G_DT, W_ALIGN, G_ALIGN, HOLD, EMULATE_BF16,
         )  # fmt: skip
         w_sum, g_sum, d_sum = _sum_squares(
             w, g, w_address, g_address, start, count, whole, factor, decay, w_unit, g_unit, d_unit,
-            True, CHUNK, BLOCK, THREADS, W_DT, G_DT, W_ALIGN, G_ALIGN, EMULATE_BF16,
+            True, CHUNK, BLOCK, THREADS, W_DT, G_DT, W_ALIGN, G_ALIGN, HOLD, EMULATE_BF16,
         )  # fmt: skip
     return (
         _in_plain_units(w_sum, w_unit),

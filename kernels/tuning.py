@@ -26,8 +26,11 @@ class Row(NamedTuple):
     window: int | None
     """Bytes of w and g that a group of order "grouped" may span; None for the share of the device's
     L2 that leaves room for v as well."""
+    hold: str
+    """Eviction policy of w and g in the norm pass, which the update reads again."""
     evict: str
-    """Eviction policy of the update pass, which uses everything for the last time."""
+    """Eviction policy of that second read, and of what the update writes. The momentum is read
+    without one: its lines are written a moment later, and a hint cost 2 % of large tensors."""
     poll_atomic: bool
     """Poll with an atomic read instead of a volatile load."""
     backoff: int
@@ -44,6 +47,7 @@ class Row(NamedTuple):
 
 
 _PREDICTED = "bench/results/traffic and bench/results/codegen (predictions); not yet measured"
+_MEASURED = "bench/results/tuning (one H200: sweep, policies and orders); other NVIDIA GPUs not"
 
 # 0.7 of an L2 can be used, and w and g are two thirds of what a group of tensors spans with v.
 WINDOW_SHARE = 0.47
@@ -52,29 +56,29 @@ ROWS = {
     # The longest prefix of an architecture's name wins.
     "sm": Row(
         chunk=4096, block=2048, threads=128, lanes=128, num_warps=4, programs=4,
-        order="ahead", lag=1.0, window=None, evict="evict_first",
+        order="ahead", lag=1.0, window=None, hold="evict_last", evict="evict_first",
         poll_atomic=False, backoff=200, launches=1, step_registers=104, update_registers=64,
-        record=_PREDICTED,
+        record=_MEASURED,
     ),
     # ptxas for sm_100 spills with blocks of 2,048 at every cap that four programs leave room for.
     # With blocks of 1,024 and a cap of 112 no case does, under triton 3.6.0 or 3.7.1 (compiled).
     "sm_10": Row(
         chunk=4096, block=1024, threads=128, lanes=128, num_warps=4, programs=4,
-        order="ahead", lag=1.0, window=None, evict="evict_first",
+        order="ahead", lag=1.0, window=None, hold="evict_last", evict="evict_first",
         poll_atomic=False, backoff=200, launches=1, step_registers=112, update_registers=64,
         record=_PREDICTED,
     ),
     # Spinning in a loop has known compiler bugs on AMD (README, "Two launches").
     "gfx": Row(
         chunk=4096, block=2048, threads=256, lanes=128, num_warps=4, programs=4,
-        order="grouped", lag=1.0, window=None, evict="",
+        order="grouped", lag=1.0, window=None, hold="", evict="",
         poll_atomic=True, backoff=0, launches=2, step_registers=None, update_registers=None,
         record=_PREDICTED,
     ),
     # The interpreter's cost is per operation: few, large blocks. Three programs: more than one.
     "interpreter": Row(
         chunk=8192, block=4096, threads=1024, lanes=256, num_warps=4, programs=3,
-        order="ahead", lag=1.0, window=1_000_000, evict="",
+        order="ahead", lag=1.0, window=1_000_000, hold="", evict="",
         poll_atomic=False, backoff=0, launches=1, step_registers=None, update_registers=None,
         record="test time on a CPU",
     ),

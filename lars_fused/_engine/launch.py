@@ -109,6 +109,7 @@ def constants(dtypes: Dtypes, row: Any, kernel: str, emulate_bf16: bool) -> dict
         "V_DT": names[dtypes.v],
         "COPY_DT": None if dtypes.copy is None else names[dtypes.copy],
         **alignments(dtypes),
+        "HOLD": row.hold,
         "EVICT": row.evict,
         "POLL_ATOMIC": row.poll_atomic,
         "BACKOFF": row.backoff,

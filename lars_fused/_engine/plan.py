@@ -12,10 +12,11 @@ The second read of w and g is free when it still hits the L2 cache, so little ma
 chunk's NORM and its UPDATE; but an update must also come late enough (``lag`` items) that the last
 norms of its tensor, in the hands of other programs, are done and its ratio is published. Orders:
 
-``ahead``: the norms of all tensors in one stream, large and small tensors in turn. A tensor's
-updates are put into it all at once, ``lag`` items after its last norm: always that far ahead and no
-further. A chunk waits in cache while at most its own tensor and the lag are read; what was updated
-meanwhile takes up cache too unless the cache drops it first (``evict_first``).
+``ahead``: the norms of all tensors in one stream, in the order of the list, which is mostly that of
+memory. A tensor's updates are put into it all at once, ``lag`` items after its last norm: always
+that far ahead and no further. A chunk waits in cache while at most its own tensor and the lag are
+read; what was updated meanwhile takes up cache too unless the cache drops it first
+(``evict_first``).
 
 ``grouped``: norms of A, S1, S2, ...; updates of A, S1, S2, ...; next group. The norms of the
 smaller S fill the time that A's updates would wait, A's updates do the same for S. A group of T
@@ -111,36 +112,32 @@ def make_plan(
     if order == "grouped":
         _grouped(tape, multi, window // (chunk * bytes_per_element), lag)
     else:
-        _ahead(tape, [-i for _, i in reversed(multi)], lag)
+        _ahead(tape, sorted(-i for _, i in multi), lag)
     tape.fill(sum(counts))
     return Plan(tape.items(), tuple(slots), n_slots, len(numels))
 
 
-def _ahead(tape: _Tape, descending: list[int], lag: int) -> None:
+def _ahead(tape: _Tape, tensors: list[int], lag: int) -> None:
+    # Behind the last norms comes nothing new: the updates that are due meanwhile are held back.
+    first_held, held = len(tensors), 0
+    while first_held and held < lag:
+        first_held -= 1
+        held += tape.counts[tensors[first_held]]
     pending: deque[tuple[int, int]] = deque()  # tensor, length of the tape at which it is due
-    *most, last = _large_and_small(descending) or [-1]
-    for i in most:
+    for at, i in enumerate(tensors):
         done, count = 0, tape.counts[i]
         while done < count:
-            n = min(count - done, pending[0][1] - tape.length) if pending else count - done
+            n = count - done
+            if pending and at < first_held:
+                n = min(n, pending[0][1] - tape.length)
             tape.add(NORM, i, done, n)
             done += n
-            while pending and pending[0][1] <= tape.length:
+            while pending and pending[0][1] <= tape.length and at < first_held:
                 tape.add(UPDATE, pending.popleft()[0])
         pending.append((i, tape.length + lag))
-    if descending:  # nothing follows the last norms but updates that were held back for them
-        tape.add(NORM, last)
-        pending.append((last, tape.length + lag))
     for i, due in pending:
         tape.fill(due - tape.length)
         tape.add(UPDATE, i)
-
-
-def _large_and_small(descending: list[int]) -> list[int]:
-    """The largest, the smallest, the second largest, ...: what covers a wait is never all small."""
-    half = (len(descending) + 1) // 2
-    turns = zip(descending[:half], [*descending[: half - 1 : -1], None], strict=False)
-    return [i for pair in turns for i in pair if i is not None]
 
 
 def _grouped(tape: _Tape, ascending: list[tuple[int, int]], room: int, lag: int) -> None:

@@ -280,13 +280,30 @@ def test_data_is_asked_for_before_ticket_and_ratio(spec: Spec, target: str) -> N
     The ticket is received (shared memory) after them, and the item's word read after that.
     """
     lines = walk.update_path(build(spec, target))
-    data, stores = positions(lines, r"LDG\.E\.EF"), positions(lines, r"STG\.E\.EF")
+    data = positions(lines, r"^@P\d LDG\.E\.(?:EF\.)?(?:64|128) ")
+    stores = positions(lines, walk.UPDATE_STORE)
     poll, received = positions(lines, walk.poll(spec))[0], positions(lines, r"\bLDS\b")[0]
     block = fast_blocks(spec, 32 * spec.warps)[-1]
     first = [n for n in data if n < stores[0]]
     assert len(first) == sum(n for kind, n in block.items() if kind[:2] == "ld")
     assert max(first) < poll < stores[0]
     assert max(first) < received < stores[0]
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+def test_the_cache_is_told_what_to_keep(target: str) -> None:
+    """A norm's w and g are held, the update's reads and writes of w and g leave first."""
+    spec = specialisation(target)
+    turns = values(spec)["BLOCK"] // (4 * 32 * spec.warps)  # 128-bit loads of each operand
+    lines = walk.update_path(build(spec, target))
+    before_stores = lines[: positions(lines, walk.UPDATE_STORE)[0]]
+    assert len(positions(before_stores, walk.UPDATE_LOAD)) == 2 * turns
+    held, last, plain = (
+        len(re.findall(rf"LDG\.E\.{hint}128", build(spec, target).machine))
+        for hint in (r"EL\.", r"EF\.", "")
+    )
+    assert held >= 4 * turns, "of w and g, before the loop over blocks and in it"
+    assert last == 2 * plain >= 4 * turns, "w and g beside v, which has no hint"
 
 
 @pytest.mark.parametrize("target", NVIDIA)
