@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,9 +14,9 @@ import matplotlib.pyplot as plt
 
 from bench.cases import DTYPES, SWEEP_CASE
 from bench.models import MODELS
-from bench.peers import CPU_LADDER, FLOOR, ONE, PORTABLE, TWO
+from bench.peers import FLOOR, ONE, PORTABLE, TWO
 from bench.raw import COPY, Raw, case_of, copy_us, rows_of, runs
-from bench.report import against_sgd
+from bench.report import FIRST_SCREEN, VARIANTS, against_sgd, device
 
 FP32 = next(iter(DTYPES))
 # Ours in one hue, the floor dark, the peers in others; the same for every folder.
@@ -28,6 +29,8 @@ COLOURS = {
     "apex LARC": "#c2185b", "apex FusedLARS": "#e57ba8",
 }  # fmt: skip
 Run = dict[str, Raw]
+_ON_A_GPU = (*FIRST_SCREEN, "AlexNet", "BERT-large")
+_CUT = 12.0  # times SGD, where a bar ends and only its number goes on
 
 
 def _timed(folder: Path) -> list[Run]:
@@ -115,7 +118,10 @@ def _sweep(found: list[Run], path: Path, kind: str) -> None:
 
 def _against_sgd(folder: Path, path: Path) -> list[Path]:
     """Horizontal bars, a panel a model: how many times as long as SGD(fused=True) each takes."""
+    where = device(rows_of(folder))
     every = against_sgd(rows_of(folder))
+    if where == "GPU":  # what the README's table shows, and the largest
+        every = {title: column for title, column in every.items() if title in _ON_A_GPU}
     found = {title: column for title, column in every.items() if title in MODELS} or every
     if not found:
         return []
@@ -124,24 +130,36 @@ def _against_sgd(folder: Path, path: Path) -> list[Path]:
         1, len(found), figsize=(2.2 + 2.1 * len(found), 0.9 + 0.3 * tall), sharey=True,
         squeeze=False,
     )  # fmt: skip
-    names = [n for n in CPU_LADDER if any(n in column for column in found.values())][::-1]
+    names = [n for n in VARIANTS if any(n in column for column in found.values())][::-1]
+    longest = _CUT if where == "GPU" else math.inf
     for axes, (title, column) in zip(panels[0], found.items(), strict=True):
         lengths = [column.get(n, 0.0) for n in names]
-        bars = axes.barh(names, lengths, color=[COLOURS.get(n, "#8a8a8a") for n in names])
-        axes.bar_label(bars, [f" {x:.1f}" if x else " not run" for x in lengths], fontsize=9)
+        bars = axes.barh(
+            names, [min(x, longest) for x in lengths],
+            color=[COLOURS.get(n, "#8a8a8a") for n in names],
+        )  # fmt: skip
+        digits = 2 if where == "GPU" else 1
+        texts = [
+            " not run" if not x else f" » {x:.0f}" if x > longest else f" {x:.{digits}f}"
+            for x in lengths
+        ]
+        axes.bar_label(bars, texts, fontsize=9)
         axes.axvline(1.0, color=COLOURS[FLOOR], linewidth=0.8, linestyle=":")
         axes.set_title(title, fontsize=10)
         axes.margins(x=0.22)
         axes.tick_params(labelsize=9)
         axes.xaxis.set_visible(False)
         axes.spines[["top", "right", "bottom"]].set_visible(False)
-    figure.suptitle(f"Time of a step on a CPU, {FLOOR} = 1 (shorter is faster)", fontsize=11)
+    cut = "" if longest == math.inf else f"; »: cut off at {longest:.0f}"
+    figure.suptitle(
+        f"Time of a step on a {where}, {FLOOR} = 1 (shorter is faster){cut}", fontsize=11
+    )
     _save(figure, path)
     return [path]
 
 
 def write(folder: Path) -> list[Path]:
-    """steps, sweep, bandwidth and cpu.png, as far as the folder has figures for them."""
+    """steps, sweep, bandwidth and cpu.png or gpu.png, as far as the folder has figures for them."""
     found = [run for run in _timed(folder) if next(iter(run.values()))["dtype"] == FP32]
     if not found:
         return []
@@ -158,4 +176,4 @@ def write(folder: Path) -> list[Path]:
     if sweep:
         paths.append(folder / "sweep.png")
         _sweep(sweep, paths[-1], kind)
-    return paths + _against_sgd(folder, folder / "cpu.png")
+    return paths + _against_sgd(folder, folder / f"{device(rows_of(folder)).lower()}.png")

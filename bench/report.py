@@ -8,9 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from bench import environment
+from bench.cases import DTYPES, model_case
 from bench.models import MODELS
-from bench.peers import CPU_LADDER, FLOOR, OURS, PORTABLE
+from bench.peers import COMPILED, CPU_LADDER, EAGER, FLOOR, LADDER, ONE, OURS, PORTABLE, PROJECTS
+from bench.profiler import COUNTS, DRAM
 from bench.raw import COPY, Raw, case_of, copy_us, rows_of, runs
+
+# In the order of tables and pictures: ours, the floor, LARS as written by hand, other projects.
+VARIANTS = tuple(dict.fromkeys([
+    PORTABLE, ONE, *LADDER, *CPU_LADDER, *EAGER, *COMPILED, *PROJECTS,
+]))  # fmt: skip
+FIRST_SCREEN = ("ResNet-50", "ViT-B/16")
+LAUNCHES = COUNTS[0]
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
@@ -76,24 +85,36 @@ def _title(key: tuple[str, ...], first: Raw) -> str:
 
 
 def _absent(facts: dict[str, Any], key: tuple[str, ...], timed: dict[str, Raw]) -> dict[str, str]:
-    start = f"{key[0]}, {key[2]}, "
+    start = f"{key[0]}, {key[2]}, "  # and of no other dtype that begins alike
+    others = tuple(f"{key[0]}, {dtype}, " for dtype in DTYPES if dtype.startswith(f"{key[2]}, "))
     names = {
-        k.removeprefix(start): v for k, v in facts.get("absent", {}).items() if k.startswith(start)
+        k.removeprefix(start): v
+        for k, v in facts.get("absent", {}).items()
+        if k.startswith(start) and not k.startswith(others)
     }
     return {k: v for k, v in names.items() if k not in timed}
 
 
+def device(rows: list[Raw]) -> str:
+    """Where the steps of a folder were timed, as a reader says it: "GPU" or "CPU"."""
+    timed = [row for row in rows if row["variant"] == FLOOR and row["unit"] == "us"]
+    return "GPU" if any(row["kind"] == "gpu" for row in timed) else "CPU"
+
+
 def against_sgd(rows: list[Raw]) -> dict[str, dict[str, float]]:
-    """Of each fp32 case that has both on a CPU: every variant's time over SGD(fused=True)'s."""
+    """Of each fp32 case: every variant's time over SGD(fused=True)'s in the same run."""
+    kind, mine = ("gpu", ONE) if device(rows) == "GPU" else ("host", PORTABLE)
     found: dict[str, dict[str, float]] = {}
     for (name, _, dtype, _), kinds in runs(rows).items():
-        timed = kinds.get("host", {})
-        if dtype == "fp32" and "gpu" not in kinds and {FLOOR, PORTABLE} <= timed.keys():
+        timed = kinds.get(kind, {})
+        if dtype == "fp32" and {FLOOR, mine} <= timed.keys():
             case = case_of(timed[FLOOR])
             if case is not None:
                 title = name if name in MODELS else f"{len(case.shapes)} tensors, {case.n_params:,}"
-                base = float(timed[FLOOR]["p50"])
-                found[title] = {n: float(r["p50"]) / base for n, r in timed.items() if n != COPY}
+                base, column = float(timed[FLOOR]["p50"]), found.setdefault(title, {})
+                for n, r in timed.items():
+                    if n != COPY:
+                        column.setdefault(n, float(r["p50"]) / base)
     return found
 
 
@@ -102,15 +123,54 @@ def summary(rows: list[Raw]) -> str:
     found = against_sgd(rows)
     if not found:
         return ""
-    names = [n for n in CPU_LADDER if any(n in column for column in found.values())]
     lines = [
         [n, *(f"{column[n]:.2f}" if n in column else "–" for column in found.values())]
-        for n in names
+        for n in VARIANTS
+        if any(n in column for column in found.values())
     ]
     return (
-        f"## A step on this CPU, in units of {FLOOR}, which computes no norms\n\n"
+        f"## A step on this {device(rows)}, in units of {FLOOR}, which computes no norms\n\n"
         + table(["", *found], lines) + "\n"
     )  # fmt: skip
+
+
+def first_screen(rows: list[Raw]) -> str:
+    """The README's table of a GPU: ResNet-50 and ViT-B/16 in fp32, bytes and launches."""
+    found = against_sgd(rows)
+    timed = {
+        (row["case"], row["variant"]): float(row["p50"])
+        for row in reversed(rows)  # the first run counts, as in `against_sgd`
+        if (row["kind"], row["unit"], row["dtype"]) == ("gpu", "us", "fp32")
+    }
+    counted = {
+        (row["case"], row["variant"], row["unit"]): float(row["p50"])
+        for row in rows
+        if row["unit"] != "us"
+    }
+    least = {name: model_case(name).least_bytes for name in FIRST_SCREEN}
+    copied = next(int(r["bytes"]) for r in rows if r["variant"] == COPY and r["kind"] == "gpu")
+
+    def cell(name: str, variant: str) -> list[str]:
+        if variant not in found[name]:
+            return ["–", "–"]
+        us = timed[name, variant]
+        share = least[name] * timed[name, COPY] / copied / us
+        return [f"{us:,.0f} ({found[name][variant]:.2f})", f"{share:.2f}"]
+
+    def count(variant: str, unit: str, form: str) -> str:
+        value = counted.get((FIRST_SCREEN[0], variant, unit))
+        return "–" if value is None else f"{value:{form}}"
+
+    lines = [
+        [
+            name, *(text for case in FIRST_SCREEN for text in cell(case, name)),
+            count(name, DRAM, ".1f"), count(name, LAUNCHES, "g"),
+        ]
+        for name in VARIANTS
+        if any(name in found[case] for case in FIRST_SCREEN)
+    ]  # fmt: skip
+    head = [text for case in FIRST_SCREEN for text in (f"{case}, µs (× SGD)", "of copy bandwidth")]
+    return table(["fp32 step", *head, "DRAM B/param", "launches"], lines)
 
 
 def markdown(folder: Path) -> str:

@@ -24,6 +24,7 @@ from bench.cases import model_case, sweep_case
 from bench.harness import COPY, Recorder, Row
 from bench.peers import COMPILED, EAGER, FLOOR, ONE, PROJECTS, TWO
 from bench.profiler import COUNTS, DRAM
+from bench.raw import rows_of
 
 pytestmark = pytest.mark.cpu
 
@@ -86,6 +87,13 @@ def test_bench_readme_holds_the_table_of_the_folders():
     assert text.count(promises.BEGIN) == text.count(promises.END) == 1
 
 
+def test_readme_shows_the_gpu_s_table_and_picture():
+    text = (ROOT / "README.md").read_text()
+    (folder,) = {ROOT / name for name, _ in BLOCK.findall(text) if "-cpu-" not in name}
+    assert report.first_screen(rows_of(folder)) in text, "bench.report.first_screen writes it"
+    assert f"]({(folder / 'gpu.png').relative_to(ROOT)})" in text
+
+
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda f: f.name)
 def test_folder_is_what_it_says(folder):
     facts = environment.read(folder)
@@ -96,7 +104,8 @@ def test_folder_is_what_it_says(folder):
     for row in rows:
         assert row["sha"] == facts["sha"] + "-dirty" * facts["dirty"]
         assert row["gpu"] == facts["gpu"]
-        assert row["torch"] == facts["packages"]["torch"]
+        # torch says which build it is, its package may not: 2.11.0+cu130 and 2.11.0.
+        assert row["torch"].split("+")[0] == facts["packages"]["torch"].split("+")[0]
         assert row["kind"] in ("gpu", "host")
         assert float(row["p25"]) <= float(row["p50"]) <= float(row["p75"])
     assert (folder / "table.md").read_text() == report.markdown(folder)
@@ -193,15 +202,30 @@ def test_table_and_plots(gpu_folder):
     text = (gpu_folder / "table.md").read_text()
     resnet = model_case("ResNet-50")
     floor, us = 20 * resnet.n_params / 5e6, 110 * resnet.n_params / 25e6
-    line = next(line for line in text.splitlines() if line.startswith(f"| {ONE} |"))
+    step = text[text.index("## ResNet-50, fp32") :].splitlines()
+    line = next(line for line in step if line.startswith(f"| {ONE} |"))
     assert f"| 1.10 | 1.00 | {floor / us:.2f} | 30.0" in line
     assert f"20.00 B/param over copy bandwidth | {floor:.1f} |" in text
     assert "apex LARC: absent (ModuleNotFoundError: no apex)" in text
     assert "apex LARC wait for the GPU" in text
     assert "5000 GB/s" in text
     assert "20.25 | DRAM bytes a parameter" in text
-    for name in ("steps.png", "bandwidth.png", "sweep.png"):
+    assert f"| {ONE} | 1.10 | 1.10 |" in text
+    for name in ("steps.png", "bandwidth.png", "sweep.png", "gpu.png"):
         assert (gpu_folder / name).stat().st_size > 10_000
+
+
+def test_the_first_screen_s_table(gpu_folder):
+    """1.1 of the floor; 20 bytes at 5M bytes a microsecond for 25M parameters in 110 us."""
+    ours = next(s for s in report.first_screen(rows_of(gpu_folder)).splitlines() if ONE in s)
+    us = 110 * model_case("ResNet-50").n_params / 25e6
+    assert f"| {ONE} | {us:.0f} (1.10) | {20 * 25 / 5 / 110:.2f} |" in ours
+    assert ours.endswith("| 20.2 | 1 |")
+
+
+def test_what_is_absent_is_said_of_its_dtype_only(gpu_folder):
+    environment.note(gpu_folder, absent={"ResNet-50, fp32, bf16 gradients, x": "no"})
+    assert "x: absent" not in report.markdown(gpu_folder)
 
 
 def test_recorder_without_a_folder_writes_nothing(tmp_path, monkeypatch):
