@@ -164,7 +164,7 @@ class Optax(Real):
 def test_optax(nesterov, monkeypatch):
     jax = pytest.importorskip("jax", reason="jax is not installed")
     optax = pytest.importorskip("optax", reason="optax is not installed")
-    monkeypatch.setattr("conformance.trajectory.frozen", lambda t, steps: False)
+    monkeypatch.setattr("tests.conformance.trajectory.frozen", lambda t, steps: False)
     with jax.enable_x64(True):
         compare(
             lambda run: Optax(split(run, adapted=False), optax, jax, nesterov),
