@@ -173,12 +173,17 @@ class Monitor:
             The `matplotlib.figure.Figure`.
 
         Raises:
-            ImportError: matplotlib is not installed.
+            ImportError: matplotlib is not installed; the message says how to install it.
             ValueError: there is no record, or none of a layer.
         """
-        from matplotlib import colormaps
-        from matplotlib.figure import Figure
-
+        try:
+            from matplotlib import colormaps
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError(
+                "Monitor: picture() needs matplotlib, which is not installed; "
+                "`pip install matplotlib`"
+            ) from error
         self.flush()
         seen = list(dict.fromkeys(layer for _, stats in self.history for layer in stats))
         chosen = seen if layers is None else list(layers)

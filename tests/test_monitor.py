@@ -166,7 +166,7 @@ def test_matplotlib_is_imported_by_the_picture_alone(monkeypatch, backend, devic
     optimizer = optimizer_of(model, backend)
     monitor = Monitor(optimizer, every=1)
     train(model, optimizer, 1)
-    with pytest.raises(ImportError):
+    with pytest.raises(ImportError, match=r"picture\(\) needs matplotlib.*pip install matplotlib"):
         monitor.picture()
 
 
