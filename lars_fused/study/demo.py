@@ -36,7 +36,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
         "--out", type=Path, default=Path("demo_output"), help="folder for the files"
     )
     parser.add_argument(
-        "--quick", action="store_true", help="2 seeds, 3 epochs: does it run at all?"
+        "--quick", action="store_true", help="2 seeds, 3 epochs, one step replayed: does it run?"
     )
     chosen = parser.parse_args(argv)
     if chosen.quick:
@@ -58,7 +58,7 @@ def train_all(
     # Imported here, as matplotlib and scikit-learn are: all of the extra `study`.
     from tqdm import tqdm
 
-    recorder = Recorder(REPLAYED_STEPS)
+    recorder = Recorder(1 if args.quick else REPLAYED_STEPS)
     runs: list[report.Run] = []
     steps = steps_for(args.epochs, args.batch, len(data.train))
     total = steps * len(recipes) * args.seeds
@@ -100,12 +100,13 @@ def describe(difference: Difference | None) -> str:
     """The outcome of the replay as text."""
     if difference is None:
         return "The kernels were not replayed: triton is not installed (it is built for Linux)."
+    steps = "LARS step" if difference.steps == 1 else f"{difference.steps} LARS steps"
     what = {
         "triton": "the real kernels under Triton's interpreter",
         "torch": "the portable backend",
     }
     return (
-        f"The first {difference.steps} LARS steps replayed through {what[difference.backend]}:"
+        f"The first {steps} replayed through {what[difference.backend]}:"
         f"\nlargest difference {difference.absolute:.2e}, {difference.relative:.2e} of the largest "
         f"weight of its tensor, over {difference.values:,} weights (float32 resolves 1.19e-07)."
     )
