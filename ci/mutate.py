@@ -82,6 +82,7 @@ BUDGET = f"kernels/codegen:stay_in_budget and {FP32_STEP}"
 WIDE = f"kernels/codegen:wide_accesses and {FP32_STEP}"
 LATENCY = "kernels/codegen:latencies and sm_90"
 TAIL = "kernels/codegen:tail_loads and sm_90"
+HELD = "kernels/codegen:told_what_to_keep and sm_90"
 FAULTS = [
     Fault("momentum is forgotten", "interpret", EVERY_OPTION, RULE,
           "v = momentum * v + keep * u", "v = keep * u"),
@@ -247,6 +248,10 @@ FAULTS = [
           "    if ALIGN > 1:", "    if ALIGN > 16:"),
     Fault("plan: updates right behind their norms", "cpu", "bench/traffic:covers_the_waits", PLAN,
           "pending.append((i, tape.length + lag))", "pending.append((i, tape.length))"),
+    Fault("plan: no update held back for the last waits", "cpu", "engine/plan:small_tensor_at_the",
+          PLAN, "while first_held and held < lag:", "while first_held and held < 0:"),
+    Fault("the cache is not told to hold what is read again", "codegen", HELD, SUMS,
+          "G_DT, G_ALIGN, HOLD, EMULATE_BF16)", 'G_DT, G_ALIGN, "", EMULATE_BF16)'),
     Fault("plan: no room for slots", "cpu", "engine/plan:chunk or boundar or slot", PLAN,
           "slots[i], n_slots = n_slots, n_slots + c", "slots[i], n_slots = n_slots, n_slots + 1"),
     Fault("plan: updates before norms", "cpu", "engine/plan:every_chunk", PLAN,
