@@ -11,8 +11,8 @@ ticket is always held by a running program and waits for nothing unfinished. So 
 deadlock, whatever number of programs is resident, and needs no cooperative launch.
 
 Per element: see `lars_rule.py`. Bytes: w and g are read by a NORM item and again by its UPDATE
-item; the host keeps the two close enough in ticket order for the second read to hit L2, so that
-DRAM sees read w, g, v and write w, v: 20 bytes a parameter in fp32, as plain SGD.
+item; the host keeps the two close in ticket order. Where the second read hits L2, DRAM sees read
+w, g, v and write w, v: 20 bytes a parameter in fp32, as plain SGD; on an H200 22.6 (ResNet-50).
 
 Why not a grid barrier, float atomics or autotune: `README.md`.
 """
