@@ -16,16 +16,7 @@ from torch import Tensor
 from ..options import Options
 from . import sgd_kernel
 from .rates import Rates
-from .square_norms import (
-    STAGE,
-    blocks,
-    joined,
-    norm,
-    own_pieces,
-    pair_norms,
-    piece_count,
-    piece_norms,
-)
+from .square_norms import STAGE, blocks, joined, norm, own_pieces, piece_count, piece_norms
 
 WINDOW = 1 << 22  # elements of w and g that a large cache still holds in part
 # 1 − (1 − factor) is off by at most 2^-54: from here up, 2 ulp of float64, 1/4 ulp of float32.
@@ -151,46 +142,54 @@ def windows(
 
 
 class Stage:
-    """Memory in which blocks of some tensors are widened, a pair at a time; made when needed."""
+    """Memory in which one block of w and g is widened; made when needed."""
 
     def __init__(self, tensors: Sequence[Large]) -> None:
         self._size = min(STAGE, max(t.w.numel() for t in tensors))
         self._dtype = tensors[0].dtype
         self._memory: Tensor | None = None
-        self._views: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-        self.filled_from = 0
-        """The address of the block of w that it holds, beside that of g; 0 for none."""
+        self._views: dict[int, tuple[Tensor, Tensor]] = {}
+        self._held = 0  # the address of the block of w that is widened
 
-    def pair(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Memory for two blocks of this size, one after the other: both, the first, the second."""
+    def widened(self, w: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """Blocks in the compute dtype: themselves, or what the memory holds or now receives."""
+        first, second = self.pair(w.numel())
+        known, self._held = self._held == w.data_ptr(), w.data_ptr()
+        if w.dtype != self._dtype:
+            w = first if known else first.copy_(w)
+        if g.dtype != self._dtype:
+            g = second if known else second.copy_(g)
+        return w, g
+
+    def pair(self, size: int) -> tuple[Tensor, Tensor]:
+        """Memory for two blocks of this size."""
         if self._memory is None:
             self._memory = torch.empty(2 * self._size, dtype=self._dtype, device="cpu")
         if size not in self._views:  # of whole blocks, and of each tensor's last
-            both = self._memory[: 2 * size]
-            self._views[size] = both, both[:size], both[size:]
+            self._views[size] = self._memory[:size], self._memory[size : 2 * size]
         return self._views[size]
+
+    def spend(self, size: int) -> tuple[Tensor, Tensor]:
+        """The same, to be written to."""
+        self._held = 0
+        return self.pair(size)
 
 
 def _squares_in_stages(
     t: Large, alpha: float, exact: bool, stage: Stage
 ) -> tuple[float, float, float]:
     """N(w)², N(g)², and if `exact`, N(g + alpha·w)². Leaves the last block in the stage."""
-    wide = not (t.w.dtype == t.g.dtype == t.dtype)
-    parts, exact_parts = [], []
-    for w, g in zip(blocks(t.w, STAGE), blocks(t.g, STAGE), strict=True):
-        both, first, second = stage.pair(w.numel())
-        if wide:
-            stage.filled_from = w.data_ptr()
-            w, g = first.copy_(w), second.copy_(g)
-            parts.append(pair_norms(both))
-        else:
-            parts.append(torch.stack([piece_norms(w), piece_norms(g)]))
+    parts: tuple[list[float], ...] = [], [], []
+    for block in zip(blocks(t.w, STAGE), blocks(t.g, STAGE), strict=True):
+        w, g = stage.widened(*block)
+        # One by one: each core then finds what it has just widened in its own cache.
+        parts[0].extend(piece_norms(w).tolist())
+        parts[1].extend(piece_norms(g).tolist())
         if exact:
-            stage.filled_from = 0
-            exact_parts.append(piece_norms(torch.add(g, w, alpha=alpha, out=second)))
-    w2, g2 = joined(torch.cat(parts, 1))
-    d2 = joined(torch.cat(exact_parts)[None])[0] if exact else math.nan if alpha else g2
-    return w2, g2, d2
+            d = torch.add(g, w, alpha=alpha, out=stage.spend(w.numel())[1])
+            parts[2].extend(piece_norms(d).tolist())
+    w2, g2, d2 = (math.hypot(*norms) ** 2 for norms in parts)
+    return w2, g2, d2 if exact else math.nan if alpha else g2
 
 
 def expressible(factor: float, dtype: torch.dtype) -> bool:
@@ -233,16 +232,13 @@ def _update_in_stages(
     for w, g, v, copy in reversed([*zip_longest(*lists)]):
         assert w is not None
         assert g is not None
-        _, first, second = stage.pair(w.numel())
-        filled = stage.filled_from == w.data_ptr()
-        stage.filled_from = 0
-        wide_w = w if w.dtype == t.dtype else first if filled else first.copy_(w)
+        wide_w, d = stage.widened(w, g)
+        _, second = stage.spend(w.numel())
         wide_v = v if v is None or v_stage is None else v_stage[: v.numel()].copy_(v)
-        d = second if filled else second.copy_(g)
         if not fold:
             if alpha:
-                d.add_(wide_w, alpha=sign * alpha)
-            d.mul_(sign * factor)
+                d = torch.add(d, wide_w, alpha=sign * alpha, out=second)
+            d = torch.mul(d, sign * factor, out=second)
         sgd_kernel.run([wide_w], [d], [] if wide_v is None else [wide_v], **options)
         if wide_w is not w:
             w.copy_(wide_w)

@@ -59,16 +59,6 @@ def piece_norms(x: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.cat(parts, out=out)
 
 
-def pair_norms(pair: Tensor) -> Tensor:
-    """The norms of the pieces of both halves of a 1-d tensor: [2, pieces]."""
-    half = pair.numel() // 2
-    rows = _rows(half)
-    if rows:
-        norms: Tensor = norm(pair.view(2 * rows, half // rows), dim=1)
-        return norms.view(2, rows)
-    return torch.stack([piece_norms(pair[:half]), piece_norms(pair[half:])])
-
-
 def joined(table: Tensor) -> list[float]:
     """The joint squared norm of each row of piece norms."""
     norms: list[float] = norm(table, dim=1, dtype=torch.float64).tolist()
@@ -129,12 +119,16 @@ def _piece_norms_of(t: Tensor) -> Tensor:
 
 
 def blocks(t: Tensor, size: int) -> list[Tensor]:
-    """The elements of a dense tensor in memory order, as 1-d views of at most `size`."""
+    """The elements of a dense tensor in memory order, as 1-d views of at most `size`.
+
+    As few as possible, of equal size up to a piece: a short last one would cost as many calls.
+    """
     n = t.numel()
     if n <= size:
         return [flat(t)]
+    each = -(-n // -(-n // size) // PIECE) * PIECE
     # Tensor.split costs three times as much.
-    return list(flat(t).split_with_sizes([size] * (n // size) + ([n % size] if n % size else [])))
+    return list(flat(t).split_with_sizes([each] * (n // each) + ([n % each] if n % each else [])))
 
 
 def is_zero(t: Tensor) -> bool:
