@@ -84,6 +84,13 @@ class _Plan:
         for dtype, index in small.items():
             self.batches += batches(index, weights, buffers, kinds, Scratch(dtype))
         self.windows = windows(large, weights, grads, dtypes, kinds)
+        self._largest: dict[torch.dtype, int] = {}
+        for i in large:
+            self._largest[dtypes[i]] = max(self._largest.get(dtypes[i], 0), weights[i].numel())
+
+    def stages(self) -> dict[torch.dtype, Stage]:
+        """Of one step: memory in which large tensors of each compute dtype are widened."""
+        return {dtype: Stage(dtype, size) for dtype, size in self._largest.items()}
 
 
 class _Step:
@@ -101,6 +108,7 @@ class _Step:
         if some or (_PLAN, some) not in memo:
             memo[_PLAN, some] = _Plan(weights, grads, buffers, options, first)
         self.plan: _Plan = memo[_PLAN, some]
+        self.stages = self.plan.stages()
         self.measured = sums is not None
         self.sums: list[Any] = [()] * len(weights) if sums is None else sums.tolist()
         self.ratios = [1.0] * len(weights)
@@ -192,11 +200,12 @@ class _Step:
             d = batch.squares("D") if exact else [math.nan] * len(index)
         self.note(index, Squares(w, g, d))
 
-    def measure_window(self, window: Window, tensors: Sequence[Large], stage: Stage) -> None:
+    def measure_window(self, window: Window, tensors: Sequence[Large]) -> None:
         """For a window, the norms, unless they were passed in."""
         if not self.measured:
             i = window.index[0]
             exact = self.o[i].denominator == "decayed"
+            stage = self.stages[tensors[0].dtype]
             self.note(window.index, window.squares(tensors, self.alpha(i), exact, stage))
 
 
@@ -249,9 +258,9 @@ def _update_batch(step: _Step, batch: Batch, copies: Sequence[Tensor | None]) ->
 
 
 def _update_window(step: _Step, window: Window, tensors: Sequence[Large]) -> None:
-    stage = Stage(tensors)
-    step.measure_window(window, tensors, stage)
+    step.measure_window(window, tensors)
     rates, o = step.rates(window.index), step.o[window.index[0]]
+    stage = step.stages[tensors[0].dtype]
     window.update(tensors, rates, o, step.scale, step.extreme, stage)
 
 
@@ -267,6 +276,5 @@ def square_sums_of(
     for batch in step.plan.batches:
         step.measure_batch(batch)
     for window in step.plan.windows:
-        tensors = [step.tensor(i) for i in window.index]
-        step.measure_window(window, tensors, Stage(tensors))
+        step.measure_window(window, [step.tensor(i) for i in window.index])
     return torch.tensor(step.sums, dtype=torch.float64, device="cpu")

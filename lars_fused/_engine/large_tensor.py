@@ -142,11 +142,13 @@ def windows(
 
 
 class Stage:
-    """Memory in which one block of w and g is widened; made when needed."""
+    """Memory in which one block of w and g is widened; made when needed, for one step.
 
-    def __init__(self, tensors: Sequence[Large]) -> None:
-        self._size = min(STAGE, max(t.w.numel() for t in tensors))
-        self._dtype = tensors[0].dtype
+    largest: no tensor has more elements.
+    """
+
+    def __init__(self, dtype: torch.dtype, largest: int) -> None:
+        self._size, self._dtype = min(STAGE, largest), dtype
         self._memory: Tensor | None = None
         self._views: dict[int, tuple[Tensor, Tensor]] = {}
         self._held = 0  # the address of the block of w that is widened
