@@ -8,7 +8,15 @@ import torch
 
 from bench.cases import Case, model_case, sweep_case
 from lars_fused import LARS
-from lars_fused._engine import fused, portable, sgd_kernel, small_batch, torch_step
+from lars_fused._engine import (
+    fused,
+    portable,
+    sgd_kernel,
+    small_batch,
+    square_norms,
+    torch_step,
+)
+from lars_fused._engine.large_tensor import STAGE, Stage
 from lars_fused.reference import Options
 from tests.cases import TERMS, bits
 from tests.engine.test_torch_step import BF16, F16, F32, F64, SHAPES, check, clones, lists, truth_of
@@ -282,6 +290,30 @@ def test_what_is_kept_between_steps_is_small():
     (plan,) = (plan for key, plan in memo["fused"].items() if key[0] == "plan")
     kept = sum(window._table.numel() for window in plan.windows)
     assert 0 < kept <= 2 * 3 * (300_000 // 1000)
+
+
+@pytest.mark.parametrize("n", [1, STAGE, STAGE + 1, 262_144, 1_000_003])
+def test_blocks_are_few_and_equal(n):
+    """A short last block costs as many calls as a whole one, and is all that stays widened."""
+    t = torch.arange(n, dtype=F32)
+    found = square_norms.blocks(t, STAGE)
+    sizes = [b.numel() for b in found]
+    assert torch.equal(torch.cat(found), t)
+    assert len(sizes) == -(-n // STAGE)
+    assert max(sizes) <= STAGE
+    assert max(sizes) - min(sizes) <= len(sizes) * square_norms.PIECE
+
+
+def test_the_block_that_was_widened_last_is_not_widened_again():
+    w, g = (torch.ones(100, dtype=BF16) for _ in range(2))
+    stage = Stage(F32, 100)
+    stage.widened(w, g)
+    w.fill_(2)
+    assert [t.unique().tolist() for t in stage.widened(w, g)] == [[1], [1]]
+    stage.spend(100)
+    assert [t.unique().tolist() for t in stage.widened(w, g)] == [[2], [1]]
+    wide = g.float()
+    assert stage.widened(w, wide)[1] is wide
 
 
 def test_a_group_whose_tensors_are_all_left_to_the_reference():
