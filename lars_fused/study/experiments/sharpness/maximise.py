@@ -92,14 +92,15 @@ def sharpness(
         subspace: A.
         epsilon: ε, the size of the box.
         iterations: of L-BFGS-B from each start.
-        starts: random corners to start from, beside the middle.
+        starts: random corners to start from, beside the middle; each that is drawn counts once.
         seed: of the corners.
     """
     from scipy.optimize import Bounds, minimize
 
     search = _Search(function, x, subspace, half_widths(subspace, x, epsilon))
     generator = np.random.default_rng(seed)
-    corners = [generator.choice([-1.0, 1.0], subspace.p) for _ in range(starts)]
+    drawn = [generator.choice([-1.0, 1.0], subspace.p) for _ in range(starts)]
+    corners = np.unique(drawn, axis=0) if drawn else []  # a box in 1 or 2 dimensions has few
     bounds = Bounds(-np.ones(subspace.p), np.ones(subspace.p))
     options = {"maxiter": iterations, "ftol": 0.0, "gtol": 1e-12}
     try:
