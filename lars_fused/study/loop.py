@@ -17,16 +17,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lars_fused import LARS, multi_tensor_l2norm
 from lars_fused.study import files, networks
-from lars_fused.study.data import Data, Split, hold_out, in_unit_range
+from lars_fused.study.data import Data, hold_out, in_unit_range
 from lars_fused.study.data.augment import apply, views
 from lars_fused.study.errors import StudyError
+from lars_fused.study.evaluation import evaluation
 from lars_fused.study.history import Evaluation, History
 from lars_fused.study.optimizers import MomentumCorrection, optimizer_for, schedule_for
 from lars_fused.study.order import Batches, Order, mixed, pieces, share, warmup_steps
 from lars_fused.study.ranks import Ranks, RunningStatistics, alone
 from lars_fused.study.settings import Settings
 
-EVALUATED_AT_ONCE = 1000
 CHECKPOINT_SECONDS = 20.0
 
 _AUGMENT, DROPOUT = 1, 2
@@ -282,26 +282,10 @@ class Trainer:
         self.save()
         return self.history
 
-    # --------------------------------------------------------------------- evaluation
-
     def evaluate(self) -> Evaluation:
         """The present model on the test images, and on as many of the training images."""
-        some = torch.arange(min(len(self.data.test), len(self.data.train)))
-        train_loss, train_accuracy = evaluated(
-            self.model, self.data.train.subset(some), self.ranks.device
-        )
-        test_loss, test_accuracy = evaluated(self.model, self.data.test, self.ranks.device)
-        measured: Evaluation = {
-            "step": self.step,
-            "train_loss": train_loss,
-            "train_accuracy": train_accuracy,
-            "test_loss": test_loss,
-            "test_accuracy": test_accuracy,
-        }
-        if self.unseen is not None:
-            loss, accuracy = evaluated(self.model, self.unseen, self.ranks.device)
-            measured |= {"unseen_loss": loss, "unseen_accuracy": accuracy}
-        return measured
+        splits = self.data.train, self.data.test
+        return evaluation(self.model, self.step, splits, self.unseen, self.ranks.device)
 
 
 def seed_dropout(seed: int, device: torch.device) -> None:
@@ -314,19 +298,3 @@ def seed_dropout(seed: int, device: torch.device) -> None:
         torch.cuda.manual_seed(seed)
     else:
         torch.default_generator.manual_seed(seed)
-
-
-@torch.no_grad()
-def evaluated(model: nn.Module, split: Split, device: torch.device) -> tuple[float, float]:
-    """Mean loss, and accuracy in percent, of a model in evaluation mode."""
-    training = model.training
-    model.eval()
-    loss, right = 0.0, 0
-    every = torch.arange(len(split))
-    for chosen in every.split(EVALUATED_AT_ONCE):  # type: ignore[no-untyped-call]
-        output = model(split.images.take(chosen).to(device))
-        labels = split.labels[chosen].to(device)
-        loss += float(F.cross_entropy(output, labels, reduction="sum"))
-        right += int((output.argmax(1) == labels).sum())
-    model.train(training)
-    return loss / len(split), 100.0 * right / len(split)

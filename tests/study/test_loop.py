@@ -13,7 +13,8 @@ from torch import nn
 from lars_fused import WarmupPolynomialLR
 from lars_fused.study import data, networks
 from lars_fused.study.errors import StudyError
-from lars_fused.study.loop import Trainer, evaluated
+from lars_fused.study.evaluation import evaluated
+from lars_fused.study.loop import Trainer
 from lars_fused.study.optimizers import MomentumCorrection, optimizer_for, schedule_for
 from lars_fused.study.settings import CHOICES, CONVENTIONS, Settings
 

@@ -16,7 +16,8 @@ pytest.importorskip("scipy", reason="the extra `study` is not installed")
 
 from lars_fused.study import networks
 from lars_fused.study.data import Data, Split, in_memory, in_unit_range, load
-from lars_fused.study.loop import Trainer, evaluated, seed_dropout
+from lars_fused.study.evaluation import evaluated
+from lars_fused.study.loop import Trainer, seed_dropout
 from lars_fused.study.settings import Settings
 
 pytestmark = pytest.mark.cpu

@@ -19,6 +19,7 @@ pytest.importorskip("matplotlib", reason="the extra `study` is not installed")
 pytest.importorskip("scipy", reason="the extra `study` is not installed")
 
 from lars_fused.study import data, networks, runs
+from lars_fused.study.evaluation import evaluated
 from lars_fused.study.experiments.sharpness import subspace, work
 from lars_fused.study.experiments.sharpness.functions import FUNCTIONS, TABLE_1, measure
 from lars_fused.study.experiments.sharpness.maximise import half_widths, sharpness
@@ -31,7 +32,6 @@ from lars_fused.study.experiments.sharpness.surface import (
     coefficients,
     renew_statistics,
 )
-from lars_fused.study.loop import evaluated
 from lars_fused.study.settings import Settings
 
 pytestmark = pytest.mark.cpu
@@ -223,7 +223,7 @@ def test_a_networks_loss_and_gradient_as_a_function_of_one_vector(monkeypatch) -
     ends = [surface(surface.start + sign * direction)[0] for sign in (1, -1)]
     # Central differences: the error is cubic in the step; float32 gives the losses to 1e-6.
     assert (ends[0] - ends[1]) / 2 == pytest.approx(float(gradient @ direction), rel=0.05, abs=1e-5)
-    monkeypatch.setattr("lars_fused.study.experiments.sharpness.surface.EVALUATED_AT_ONCE", 70)
+    monkeypatch.setattr("lars_fused.study.evaluation.AT_ONCE", 70)
     parts, pieces = surface(surface.start)
     assert parts == pytest.approx(whole, rel=1e-6)
     assert pieces == pytest.approx(gradient, rel=1e-3, abs=1e-6)

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lars_fused.study.data import Split
+from lars_fused.study.evaluation import evaluated, pieces_of
 from lars_fused.study.experiments.sharpness.subspace import Vector
-from lars_fused.study.loop import EVALUATED_AT_ONCE, evaluated
 
 Weights = Mapping[str, Tensor]
 CPU = torch.device("cpu")
@@ -52,10 +52,8 @@ class Surface:
         self.place(x)
         total = 0.0
         sums = [torch.zeros_like(p) for p in self.parameters]
-        every = torch.arange(len(self.split))
-        for chosen in every.split(EVALUATED_AT_ONCE):  # type: ignore[no-untyped-call]
-            output = self.network(self.split.images.take(chosen))
-            loss = F.cross_entropy(output, self.split.labels[chosen], reduction="sum")
+        for images, labels in pieces_of(self.split):
+            loss = F.cross_entropy(self.network(images), labels, reduction="sum")
             torch._foreach_add_(sums, torch.autograd.grad(loss, self.parameters))
             total += float(loss.detach())
         return total / len(self.split), self._flat(sums) / len(self.split)
@@ -104,9 +102,8 @@ def renew_statistics(network: nn.Module, split: Split) -> None:
         layer.reset_running_stats()
         layer.momentum = None  # the average over all that follow
         layer.train()
-    every = torch.arange(len(split))
-    for chosen in every.split(EVALUATED_AT_ONCE):  # type: ignore[no-untyped-call]
-        network(split.images.take(chosen))
+    for images, _ in pieces_of(split):
+        network(images)
     for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum
         layer.eval()
