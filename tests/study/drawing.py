@@ -14,9 +14,9 @@ def coarsely_drawn(patch: pytest.MonkeyPatch) -> None:
     """Real pictures with few dots and no layout, which takes most of a picture's time."""
 
     @contextmanager
-    def figure(file, title, panels=1, **size):
-        drawn, axes = plt.subplots(1, panels, squeeze=False)
-        yield list(axes[0])
+    def figure(file, title, panels=1, *, rows=1, **size):
+        drawn, axes = plt.subplots(rows, panels, squeeze=False)
+        yield list(axes.flat)
         file.parent.mkdir(exist_ok=True)
         drawn.savefig(file, dpi=10)
         plt.close(drawn)
@@ -33,7 +33,7 @@ def undrawn(patch: pytest.MonkeyPatch) -> None:
     """No pictures at all: one test has looked at them."""
 
     @contextmanager
-    def figure(file, title, panels=1, **size):
-        yield [MagicMock() for _ in range(panels)]
+    def figure(file, title, panels=1, *, rows=1, **size):
+        yield [MagicMock() for _ in range(rows * panels)]
 
     patch.setattr(pictures, "figure", figure)

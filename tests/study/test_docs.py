@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 import statistics
 from pathlib import Path
 
 import pytest
+
+from tests.study.tables import rows
 
 pytestmark = pytest.mark.cpu
 
@@ -20,11 +21,6 @@ STUDIES = sorted(path.parent for path in RESULTS.glob("*/summary.json"))
 SWEEPS = [s for s in STUDIES if (s / "accuracy_by_batch.csv").exists()]
 RULE_POINT = ("rule", "network", "lr", "beta1", "beta2", "momentum", "weight_decay")
 LAYERS = [s for s in STUDIES if (s / "first_step.csv").exists()]
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as stream:
-        return list(csv.DictReader(stream))
 
 
 def table_after(mark: str) -> list[list[str]]:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.study.test_docs import RESULTS, grouped, mean_spread, rows, table_after
+from tests.study.tables import rows
+from tests.study.test_docs import RESULTS, grouped, mean_spread, table_after
 
 pytestmark = pytest.mark.cpu
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +19,8 @@ from lars_fused.study.experiments.batch_size import METHODS, Cell, Plan
 from lars_fused.study.history import History
 from lars_fused.study.loop import Trainer
 from lars_fused.study.settings import Settings
+from tests.study.commands import done_in_shares
+from tests.study.tables import rows
 
 pytestmark = pytest.mark.cpu
 
@@ -140,11 +140,6 @@ def sweep(tmp_path_factory) -> Path:
     return out
 
 
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as stream:
-        return list(csv.DictReader(stream))
-
-
 def test_a_sweep_leaves_its_tables_pictures_and_settings(sweep: Path) -> None:
     table = rows(sweep / "accuracy_by_batch.csv")
     assert len(table) == 2 * 2 * 2  # methods, batches, seeds
@@ -196,12 +191,8 @@ def test_shares_that_are_merged_are_the_whole_sweep(
     sweep: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     monkeypatch.setattr(batch_size_report, "draw", lambda *args: [])
-    merged = tmp_path / "merged"
-    for part in (1, 2, 3):
-        out = tmp_path / str(part)
-        text = lars_study([*SWEEP, f"--only={part}/3", f"--out={out}"], capsys)
-        assert f"share {part}/3 is done" in text
-        shutil.copytree(out, merged, dirs_exist_ok=True)
+    merged = done_in_shares(SWEEP, tmp_path, 3)
+    assert "share 3/3 is done" in capsys.readouterr().out
     alone = lars_study(["report", str(tmp_path / "1")], capsys)
     assert "2 of 4 cells are finished" in alone
     lars_study(["report", str(merged)], capsys)

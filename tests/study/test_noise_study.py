@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -20,7 +18,9 @@ from lars_fused.study.errors import StudyError
 from lars_fused.study.experiments import noise_parts
 from lars_fused.study.experiments.noise import Plan
 from lars_fused.study.loop import Trainer
+from tests.study.commands import done_in_shares, finished, interrupted, refused
 from tests.study.drawing import coarsely_drawn, undrawn
+from tests.study.tables import rows
 
 pytestmark = pytest.mark.cpu
 
@@ -39,11 +39,6 @@ def study(tmp_path_factory) -> Path:
         coarsely_drawn(patch)
         assert main([*SMALL, f"--out={out}"]) == 0
     return out
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as stream:
-        return list(csv.DictReader(stream))
 
 
 def test_a_study_leaves_its_tables_and_pictures(study: Path) -> None:
@@ -78,11 +73,7 @@ def test_shares_that_are_merged_are_the_whole_study(
     study: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     undrawn(monkeypatch)
-    merged = tmp_path / "merged"
-    for part in (1, 2):
-        out = tmp_path / str(part)
-        assert main([*SMALL, f"--only={part}/2", f"--out={out}"]) == 0
-        shutil.copytree(out, merged, dirs_exist_ok=True)
+    merged = done_in_shares(SMALL, tmp_path)
     assert main(["report", str(tmp_path / "2")]) == 0
     capsys.readouterr()
     assert main(["report", str(merged)]) == 0
@@ -101,23 +92,15 @@ def test_an_interrupted_study_goes_on_to_the_same_numbers(
     study: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     undrawn(monkeypatch)
-    real, calls = noise_parts.ended_flat, []
-
-    def interrupted(*args, **options):
-        calls.append(args)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*args, **options)
-
-    monkeypatch.setattr(noise_parts, "ended_flat", interrupted)
+    calls = interrupted(monkeypatch, noise_parts, "ended_flat", 2)
     assert main([*SMALL, f"--out={tmp_path}"]) == 130
     assert "the same command goes on" in capsys.readouterr().err
-    earlier = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.json")}
+    earlier = finished(tmp_path)
     monkeypatch.setattr(runs, "Trainer", None)  # every run is finished: none may start again
     monkeypatch.setattr(noise_parts, "Trainer", None)
     assert main([*SMALL, f"--out={tmp_path}"]) == 0
     assert len(calls) == 2 + 3  # one cell was done, the other three follow
-    assert earlier.items() <= {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.json")}.items()
+    assert earlier.items() <= finished(tmp_path).items()
     for name in ("by_batch.csv", "wells.csv"):
         assert (tmp_path / name).read_bytes() == (study / name).read_bytes()
 
@@ -149,9 +132,4 @@ def test_a_damaged_measurement_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_input_is_one_line(tmp_path: Path, capsys, arguments, message) -> None:
-    out = tmp_path / "out"
-    assert main(["noise", "--data=synthetic", *arguments, f"--out={out}"]) != 0
-    shown = capsys.readouterr()
-    assert message in shown.err
-    assert (shown.out, shown.err.count("\n")) == ("", 1)
-    assert not out.exists()
+    refused(["noise", "--data=synthetic", *arguments], message, tmp_path / "out", capsys)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +13,8 @@ pytest.importorskip("click", reason="the extra `study` is not installed")
 pytest.importorskip("matplotlib", reason="the extra `study` is not installed")
 pytest.importorskip("scipy", reason="the extra `study` is not installed")
 
-from lars_fused.study import runs
+from lars_fused.study import loop, runs
 from lars_fused.study.cli import main
-from lars_fused.study.commands import rules as command
 from lars_fused.study.data import load
 from lars_fused.study.errors import StudyError
 from lars_fused.study.experiments import coursework, rules
@@ -25,7 +22,9 @@ from lars_fused.study.experiments.rules import Plan, best, outcome, peak
 from lars_fused.study.history import History
 from lars_fused.study.loop import Trainer
 from lars_fused.study.settings import Settings
+from tests.study.commands import done_in_shares, finished, interrupted, refused
 from tests.study.drawing import coarsely_drawn, undrawn
+from tests.study.tables import rows
 
 pytestmark = pytest.mark.cpu
 
@@ -135,11 +134,6 @@ def study(tmp_path_factory) -> Path:
     return out
 
 
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as stream:
-        return list(csv.DictReader(stream))
-
-
 def test_a_study_leaves_its_tables_and_pictures(study: Path, monkeypatch, capsys) -> None:
     names = ("rates", "accuracy_by_epoch", "training_loss", "adam_grid", "lars_grid", "networks")
     for name in names:
@@ -176,10 +170,7 @@ def test_shares_that_are_merged_are_the_whole_study(
     study: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     undrawn(monkeypatch)
-    merged = tmp_path / "merged"
-    for part in (1, 2):
-        assert main([*SMALL, f"--only={part}/2", f"--out={tmp_path / str(part)}"]) == 0
-        shutil.copytree(tmp_path / str(part), merged, dirs_exist_ok=True)
+    merged = done_in_shares(SMALL, tmp_path)
     assert main(["report", str(merged)]) == 0
     for name in ("points.csv", "by_epoch.csv"):
         assert (merged / name).read_bytes() == (study / name).read_bytes()
@@ -189,24 +180,14 @@ def test_an_interrupted_study_goes_on_to_the_same_numbers(
     study: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     undrawn(monkeypatch)
-    real, calls = runs.train, []
-
-    def interrupted(settings: Settings, out: Path, **options):
-        calls.append(settings)
-        if len(calls) == 4:
-            real(settings, out, **options, stop_after=5)
-            raise KeyboardInterrupt
-        return real(settings, out, **options)
-
-    monkeypatch.setattr(command.runs, "train", interrupted)
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", -1.0)  # every step is saved
+    steps = interrupted(monkeypatch, Trainer, "take_step", 3 * 14 + 6)  # in the fourth run
     assert main([*SMALL, f"--out={tmp_path}"]) == 130
-    assert list(tmp_path.rglob(runs.CHECKPOINT))
-    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("result.json")}
-    assert len(before) == 3
+    earlier = finished(tmp_path)
+    assert len(earlier) == 3
     assert main([*SMALL, f"--out={tmp_path}"]) == 0
-    assert (
-        before.items() <= {p: p.stat().st_mtime_ns for p in tmp_path.rglob("result.json")}.items()
-    )
+    assert len(steps) == 15 * 14 + 1  # the interrupted step alone is taken twice
+    assert earlier.items() <= finished(tmp_path).items()
     for name in ("points.csv", "by_epoch.csv"):
         assert (tmp_path / name).read_bytes() == (study / name).read_bytes()
 
@@ -227,9 +208,4 @@ def test_an_interrupted_study_goes_on_to_the_same_numbers(
     ],
 )
 def test_wrong_input_is_one_line(tmp_path: Path, capsys, arguments, message) -> None:
-    out = tmp_path / "out"
-    assert main(["rules", "--data=synthetic", *arguments, f"--out={out}"]) != 0
-    shown = capsys.readouterr()
-    assert message in shown.err
-    assert (shown.out, shown.err.count("\n")) == ("", 1)
-    assert not out.exists()
+    refused(["rules", "--data=synthetic", *arguments], message, tmp_path / "out", capsys)

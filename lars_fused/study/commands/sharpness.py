@@ -19,7 +19,7 @@ from lars_fused.study.settings import CHOICES, Settings
 
 
 @click.command("sharpness", short_help="sharpness of minima against batch size, and between them")
-@options.what("f2", 0.125, 25)
+@options.what("f2", 0.125, 15)
 @click.option(
     "--batches",
     type=options.Numbers(int, ("all",)),

@@ -71,16 +71,8 @@ def by_batch(found: Sequence[Measurement], plan: Plan, heading: str, file: Path)
                     pictures.line(right, batches, seeds, label, number)
                 right.set_yscale("log")
                 axes.set_title(f"{name.upper()}, A {matrix}", fontsize=10)
-                lines = axes.get_legend_handles_labels(), right.get_legend_handles_labels()
                 if row == column == 0:
-                    axes.figure.legend(
-                        lines[0][0] + lines[1][0],
-                        lines[0][1] + lines[1][1],
-                        loc="outside lower center",
-                        ncols=3,
-                        frameon=False,
-                        fontsize=9,
-                    )
+                    pictures.legend_below([axes, right])
         for row in range(2):
             panels[row * len(names)].set_ylabel("test accuracy, %")
 
