@@ -3,15 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lars_fused.study import files
 from lars_fused.study.errors import StudyError
 from lars_fused.study.ranks import alone
 from lars_fused.study.runs import facts
+from lars_fused.study.settings import Settings
 
 FILE = "study.json"
+
+Same = TypeVar("Same", bound="StudyPlan")
+
+
+@dataclass(frozen=True)
+class StudyPlan:
+    """What the plans of all studies have in common; every list of theirs is a tuple.
+
+    Attributes:
+        base: what all runs of the study share.
+    """
+
+    base: Settings
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self) | {"base": self.base.as_dict()}
+
+    @classmethod
+    def from_dict(cls: type[Same], saved: dict[str, Any]) -> Same:
+        """What `as_dict` made, through JSON."""
+        lists = {k: tuple(v) for k, v in saved.items() if isinstance(v, list)}
+        return cls(**(saved | lists | {"base": Settings.from_dict(saved["base"])}))
 
 
 def save(out: Path, command: str, plan: dict[str, Any]) -> None:

@@ -9,7 +9,6 @@ import click
 
 from lars_fused.study import plans, runs
 from lars_fused.study.commands import options
-from lars_fused.study.data import load
 from lars_fused.study.experiments import batch_size_report
 from lars_fused.study.experiments.batch_size import METHODS, Cell, Plan, complete
 from lars_fused.study.order import steps_for
@@ -71,7 +70,7 @@ def command(out: Path, only: tuple[int, int] | None, tensorboard: bool, **chosen
     on all of them. Prints a table and leaves pictures: accuracy against batch size, against
     learning rate, against epochs, and the losses in training and test.
     """
-    data = load(chosen["data"], chosen["resolution"], chosen["train_images"])
+    data = options.loaded(chosen)
     plan = planned(chosen, len(data.train))
     for cell in plan.cells():
         tuning = cell.tuning(len(data.train))[0][0]
@@ -79,26 +78,18 @@ def command(out: Path, only: tuple[int, int] | None, tensorboard: bool, **chosen
             runs.check(settings, data)
     plans.save(out, "batch-size", plan.as_dict())
     cells = plan.cells()
-    part, whole = only or (0, 1)
-    for cell in cells[part::whole]:
+    for cell in options.share_of(cells, only):
         run_cell(cell, len(data.train), out, tensorboard)
-    if only is not None:
-        click.echo(f"share {part + 1}/{whole} is done: lars-study report {out}")
-        return
-    click.echo(batch_size_report.report(out))
+    options.conclude(out, only, batch_size_report.report)
 
 
 def planned(chosen: dict[str, Any], images: int) -> Plan:
     """The plan that the options ask for."""
-    shared = ("data", "resolution", "train_images", "network", "width", "epochs")
-    base = Settings(
-        **{name: chosen[name] for name in (*shared, "momentum", "weight_decay")}, lr=1.0
-    )
-    batches = sorted({images if b == "all" else b for b in chosen["batches"]})
+    base = Settings(**options.settings(chosen, "momentum", "weight_decay"), lr=1.0)
     return Plan(
         base,
         tuple(chosen["methods"].split(",")),
-        tuple(batches),
+        options.counts(chosen["batches"], images),
         chosen["sgd_grid"],
         chosen["lars_grid"],
         chosen["seeds"],

@@ -9,7 +9,6 @@ import click
 
 from lars_fused.study import plans, runs
 from lars_fused.study.commands import options
-from lars_fused.study.data import load
 from lars_fused.study.experiments import layers_report
 from lars_fused.study.experiments.layers import Plan
 from lars_fused.study.order import steps_for
@@ -47,30 +46,25 @@ def command(out: Path, only: tuple[int, int] | None, tensorboard: bool, **chosen
     whether the bound of equation 7 on the weight norms held; draws the local learning rates and the
     norms over training, and the accuracy with and without LARS.
     """
-    data = load(chosen["data"], chosen["resolution"], chosen["train_images"])
+    data = options.loaded(chosen)
     plan = planned(chosen, len(data.train))
     every = plan.runs()
     for settings in every:
         runs.check(settings, data)
     plans.save(out, "layers", plan.as_dict())
-    part, whole = only or (0, 1)
-    for settings in every[part::whole]:
+    for settings in options.share_of(every, only):
         label = f"{settings.optimizer}, batch {settings.batch:,}"
         steps = steps_for(settings.epochs, settings.batch, len(data.train))
         with options.bar(steps, label) as progress:
             result = runs.train(settings, out, progress=progress, tensorboard=tensorboard)
         assert result is not None, "it was trained to the end"
         click.echo(f"{label}: test accuracy {result.accuracy:.2f} %")
-    if only is not None:
-        click.echo(f"share {part + 1}/{whole} is done: lars-study report {out}")
-        return
-    click.echo(layers_report.report(out))
+    options.conclude(out, only, layers_report.report)
 
 
 def planned(chosen: dict[str, Any], images: int) -> Plan:
     """The plan that the options ask for."""
-    shared = ("data", "resolution", "train_images", "network", "width", "epochs")
     others = ("warmup_epochs", "weight_decay", "adapt_all", "seed")
-    base = Settings(**{name: chosen[name] for name in (*shared, *others)}, layers=RECORDED)
-    batches = tuple(sorted({images if b == "all" else b for b in chosen["batches"]}))
+    base = Settings(**options.settings(chosen, *others), layers=RECORDED)
+    batches = options.counts(chosen["batches"], images)
     return Plan(base, batches, chosen["lars_lr"], chosen["sgd_lr"])

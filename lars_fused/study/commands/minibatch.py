@@ -10,7 +10,7 @@ import torch
 
 from lars_fused.study import networks, plans, runs
 from lars_fused.study.commands import options
-from lars_fused.study.data import Data, load
+from lars_fused.study.data import Data
 from lars_fused.study.errors import StudyError
 from lars_fused.study.experiments.minibatch import perceptual, report
 from lars_fused.study.experiments.minibatch.cache import GradientCache, megabytes
@@ -58,29 +58,22 @@ def command(
     of the distances by training phase, and says which of the text's conclusions they bear out;
     with --prune also whether training on the recommended mini-batches is faster.
     """
-    data = load(chosen["data"], chosen["resolution"], chosen["train_images"])
+    data = options.loaded(chosen)
     plan = planned(chosen, prune, perceptual.digest(features) if features else "")
     check(plan, data, out, features)
     plans.save(out, "minibatch", plan.as_dict())
     workshop = Workshop(plan, data, out, features)
-    part, whole = only or (0, 1)
-    for one in parts(plan)[part::whole]:
+    for one in options.share_of(parts(plan), only):
         do(one, workshop)
-    if only is not None:
-        click.echo(f"share {part + 1}/{whole} is done: lars-study report {out}")
-        return
-    click.echo(report.report(out))
+    options.conclude(out, only, report.report)
 
 
 def planned(chosen: dict[str, Any], prune: bool, features: str) -> Plan:
     """The plan that the options ask for."""
     if chosen["epochs"] != round(chosen["epochs"]):
         raise StudyError(f"--epochs {chosen['epochs']:g} is not allowed: it must be a whole number")
-    shared = ("data", "resolution", "train_images", "network", "width", "epochs", "batch", "lr")
-    others = ("momentum", "weight_decay", "seed")
-    base = Settings(
-        **{name: chosen[name] for name in (*shared, *others)}, optimizer="sgd", decay="step"
-    )
+    others = ("batch", "lr", "momentum", "weight_decay", "seed")
+    base = Settings(**options.settings(chosen, *others), optimizer="sgd", decay="step")
     metrics = tuple(chosen["metrics"].split(","))
     return Plan(base, metrics, chosen["prune_seeds"] if prune else 0, features)
 

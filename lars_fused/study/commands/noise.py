@@ -9,7 +9,7 @@ import click
 
 from lars_fused.study import networks, plans, runs
 from lars_fused.study.commands import options
-from lars_fused.study.data import Data, load
+from lars_fused.study.data import Data
 from lars_fused.study.errors import StudyError
 from lars_fused.study.experiments import noise_measure, noise_parts, noise_report
 from lars_fused.study.experiments.noise import Plan
@@ -43,7 +43,7 @@ from lars_fused.study.settings import Settings
     show_default=True,
     help="Training-set sizes.",
 )
-@click.option("--steps", default=400, show_default=True, help="Of every run, at a constant rate.")
+@click.option("--steps", default=300, show_default=True, help="Of every run, at a constant rate.")
 @click.option("--seeds", default=3, show_default=True)
 @click.option("--momentum", default=0.0, show_default=True)
 @click.option("--weight-decay", default=0.0, show_default=True)
@@ -80,35 +80,28 @@ def command(out: Path, only: tuple[int, int] | None, tensorboard: bool, **chosen
     batch size at fixed rates and at fixed training-set sizes, with the line through the best batch
     sizes; the share of runs that end in the flat one of two minima at equal lr/B.
     """
-    data = load(chosen["data"], chosen["resolution"], chosen["train_images"])
+    data = options.loaded(chosen)
     images = len(data.train)
     plan = planned(chosen, images)
     check(plan, data)
     plans.save(out, "noise", plan.as_dict())
-    part, whole = only or (0, 1)
-    share(plan, data, out, part, whole, tensorboard)
-    if only is not None:
-        click.echo(f"share {part + 1}/{whole} is done: lars-study report {out}")
-        return
-    click.echo(noise_report.report(out))
+    do(plan, data, out, only, tensorboard)
+    options.conclude(out, only, noise_report.report)
 
 
 def planned(chosen: dict[str, Any], images: int) -> Plan:
     """The plan that the options ask for."""
-    shared = ("data", "resolution", "train_images", "network", "width", "lr", "momentum")
     base = Settings(
-        **{name: chosen[name] for name in shared},
-        weight_decay=chosen["weight_decay"],
+        **options.settings(chosen, "lr", "momentum", "weight_decay"),
         optimizer="sgd",
         decay="constant",
         evaluations=1,
     )
-    sizes = sorted({images if size == "all" else size for size in chosen["sizes"]})
     return Plan(
         base,
         lrs=tuple(sorted(chosen["lrs"])),
         batches=tuple(sorted(chosen["batches"])),
-        sizes=tuple(sizes),
+        sizes=options.counts(chosen["sizes"], images),
         examples=min(chosen["examples"], images),
         measured_at=(0.0, 0.1, 0.25, 0.5, 1.0),
         wells=Wells(),
@@ -139,18 +132,18 @@ def check(plan: Plan, data: Data) -> None:
     runs.check(noise_parts.measured_run(plan, images), data)
 
 
-def share(plan: Plan, data: Data, out: Path, part: int, whole: int, tensorboard: bool) -> None:
-    """The `part`-th of `whole` shares: gradient noise first, then runs, then the made loss."""
+def do(plan: Plan, data: Data, out: Path, only: tuple[int, int] | None, tensorboard: bool) -> None:
+    """Gradient noise in the first share, then runs, then the made loss."""
     images = len(data.train)
-    if part == 0:
+    if only is None or only[0] == 0:
         noise_parts.gradient_noise(plan, images, out, data)
         click.echo("gradient noise: done")
-    todo = plan.runs(images)[part::whole]
+    todo = options.share_of(plan.runs(images), only)
     with options.counter(len(todo), "SGD") as count:
         for settings in todo:
             runs.train(settings, out, tensorboard=tensorboard)
             count()
-    cells = plan.well_cells()[part::whole]
+    cells = options.share_of(plan.well_cells(), only)
     with options.counter(len(cells), "made loss") as count:
         for cell in cells:
             noise_parts.well(plan, cell, out)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from lars_fused.study import data, networks
+from lars_fused.study import networks
+from lars_fused.study.data import NAMES, Data, load
 from lars_fused.study.loop import Trainer
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+Part = TypeVar("Part")
+Chosen = dict[str, Any]
 
-DATA_HELP = "; ".join(f"{name}: {text}" for name, text in data.NAMES.items())
+DATA_HELP = "; ".join(f"{name}: {text}" for name, text in NAMES.items())
 NETWORK_HELP = ", ".join(f"{name} ({n.about})" for name, n in networks.NETWORKS.items())
 
 
@@ -72,12 +75,19 @@ def several(*decorators: Callable[[Command], Command]) -> Callable[[Command], Co
     return decorate
 
 
+def images(data: str) -> Callable[[Command], Command]:
+    """What is trained on, with a command's own default."""
+    return several(
+        click.option("--data", default=data, show_default=True, help=DATA_HELP),
+        click.option("--resolution", default=0, help="Pixels a side; 0 as they are."),
+        click.option("--train-images", default=0, help="Training images to use; 0 for all."),
+    )
+
+
 def data_and_network(network: str, width: float) -> Callable[[Command], Command]:
     """What is trained, with a command's own defaults."""
     return several(
-        click.option("--data", default="digits", show_default=True, help=DATA_HELP),
-        click.option("--resolution", default=0, help="Pixels a side; 0 as they are."),
-        click.option("--train-images", default=0, help="Training images to use; 0 for all."),
+        images("digits"),
         click.option("--network", default=network, show_default=True, help=NETWORK_HELP),
         click.option("--width", default=width, show_default=True, help="Share of the channels."),
     )
@@ -112,6 +122,36 @@ only = click.option(
 tensorboard = click.option(
     "--tensorboard", is_flag=True, help="Write events for TensorBoard as well (needs tensorboard)."
 )
+
+
+def loaded(chosen: Chosen) -> Data:
+    """The data that the options name."""
+    return load(chosen["data"], chosen["resolution"], chosen["train_images"])
+
+
+def settings(chosen: Chosen, *others: str) -> dict[str, Any]:
+    """The options of `what`, as many as a command has, and `others`, as settings of a run."""
+    what = ("data", "resolution", "train_images", "network", "width", "epochs")
+    return {name: chosen[name] for name in (*what, *others) if name in chosen}
+
+
+def counts(given: Iterable[Any], images: int) -> tuple[int, ...]:
+    """Numbers of images, ascending and none twice; "all" are the `images` there are."""
+    return tuple(sorted({images if count == "all" else count for count in given}))
+
+
+def share_of(parts: Sequence[Part], only: tuple[int, int] | None) -> Sequence[Part]:
+    """What --only leaves to do."""
+    part, whole = only or (0, 1)
+    return parts[part::whole]
+
+
+def conclude(out: Path, only: tuple[int, int] | None, report: Callable[[Path], str]) -> None:
+    """The report of the whole; after a share, where it is to be had."""
+    if only is None:
+        click.echo(report(out))
+    else:
+        click.echo(f"share {only[0] + 1}/{only[1]} is done: lars-study report {out}")
 
 
 @contextmanager

@@ -10,7 +10,6 @@ import click
 
 from lars_fused.study import plans, runs
 from lars_fused.study.commands import options
-from lars_fused.study.data import load
 from lars_fused.study.errors import StudyError
 from lars_fused.study.experiments import coursework, rules_report
 from lars_fused.study.experiments.rules import RULES, Plan, keeps_weights
@@ -32,10 +31,8 @@ def _grid(
 
 
 @click.command("rules", short_help="SGD, RMSprop, Adam, LARS; batch normalisation; convolutions")
-@click.option("--data", default="mnist5k", show_default=True, help=options.DATA_HELP)
-@click.option("--resolution", default=0, help="Pixels a side; 0 as they are.")
-@click.option("--train-images", default=0, help="Training images to use; 0 for all.")
-@click.option("--epochs", default=5, show_default=True, type=click.IntRange(1))
+@options.images("mnist5k")
+@click.option("--epochs", default=3, show_default=True, type=click.IntRange(1))
 @click.option("--batch", default=coursework.BATCH, show_default=True, type=click.IntRange(1))
 @click.option("--width", default=1.0, show_default=True, help="Share of the units and channels.")
 @click.option("--validation", default=0, help="Images held out; 0 for about an eighth.")
@@ -68,23 +65,19 @@ def command(out: Path, only: tuple[int, int] | None, tensorboard: bool, **chosen
     of one and two convolutions. Accuracy by epoch, the best epoch by validation, how far it falls
     afterwards, and the test accuracy at that epoch, with the published numbers beside.
     """
-    data = load(chosen["data"], chosen["resolution"], chosen["train_images"])
+    data = options.loaded(chosen)
     plan = planned(chosen, len(data.train))
     every = plan.runs()
     for settings in every:
         if settings.seed == 0:
             runs.check(settings, data)
     plans.save(out, "rules", plan.as_dict())
-    part, whole = only or (0, 1)
-    todo = every[part::whole]
+    todo = options.share_of(every, only)
     with options.counter(len(todo), "training") as count:
         for settings in todo:
             runs.train(settings, out, keep_weights=keeps_weights(settings), tensorboard=tensorboard)
             count()
-    if only is not None:
-        click.echo(f"share {part + 1}/{whole} is done: lars-study report {out}")
-        return
-    click.echo(rules_report.report(out))
+    options.conclude(out, only, rules_report.report)
 
 
 def planned(chosen: dict[str, Any], images: int) -> Plan:
@@ -94,10 +87,8 @@ def planned(chosen: dict[str, Any], images: int) -> Plan:
     left = images * 7 // 8 // batch * batch if not chosen["validation"] else 0
     if not left and not chosen["validation"]:
         raise StudyError(f"--batch {batch} is too large for {images:,} training images")
-    shared = ("data", "resolution", "train_images", "batch", "width")
     base = Settings(
-        **{name: chosen[name] for name in shared},
-        epochs=float(epochs),
+        **(options.settings(chosen, "batch") | {"epochs": float(epochs)}),
         evaluations=epochs,
         validation=chosen["validation"] or images - left,
         test_too=True,

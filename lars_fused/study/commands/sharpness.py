@@ -9,7 +9,7 @@ import click
 
 from lars_fused.study import plans, runs
 from lars_fused.study.commands import options
-from lars_fused.study.data import Data, load
+from lars_fused.study.data import Data
 from lars_fused.study.errors import StudyError
 from lars_fused.study.experiments.sharpness import report, work
 from lars_fused.study.experiments.sharpness.maximise import ITERATIONS
@@ -86,19 +86,15 @@ def command(out: Path, only: tuple[int, int] | None, **chosen: Any) -> None:
     Table 1 with what was measured beside; draws accuracy and sharpness against batch size, accuracy
     by epoch, and the loss between the small-batch and the large-batch solution.
     """
-    data = load(chosen["data"], chosen["resolution"], chosen["train_images"])
+    data = options.loaded(chosen)
     plan = planned(chosen, data)
     for series in plan.series():
         for settings in series.runs:
             runs.check(settings, data)
     plans.save(out, "sharpness", plan.as_dict())
-    part, whole = only or (0, 1)
-    for series in plan.series()[part::whole]:
+    for series in options.share_of(plan.series(), only):
         do(series, data, out)
-    if only is not None:
-        click.echo(f"share {part + 1}/{whole} is done: lars-study report {out}")
-        return
-    click.echo(report.report(out))
+    options.conclude(out, only, report.report)
 
 
 def planned(chosen: dict[str, Any], data: Data) -> Plan:
@@ -108,20 +104,18 @@ def planned(chosen: dict[str, Any], data: Data) -> Plan:
         raise StudyError(
             f"--images {chosen['images']} is more than the {images:,} training images there are"
         )
-    shared = ("data", "resolution", "train_images", "network", "width", "epochs")
     base = Settings(
-        **{name: chosen[name] for name in (*shared, "scaling", "weight_decay")},
+        **options.settings(chosen, "scaling", "weight_decay"),
         decay="constant",
         evaluations=20,
     )
     names = chosen["optimizers"].split(",")
     if len(set(names)) < len(names):
         raise StudyError(f"--optimizers {chosen['optimizers']} names one twice")
-    batches = sorted({images if b == "all" else b for b in chosen["batches"]})
     return Plan(
         base,
         {name: chosen.get(f"{name}_lr", 0.0) for name in names},
-        tuple(batches),
+        options.counts(chosen["batches"], images),
         chosen["seeds"],
         chosen["epsilons"],
         chosen["columns"],

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from lars_fused.study import runs
 from lars_fused.study.errors import StudyError
+from lars_fused.study.plans import StudyPlan
 from lars_fused.study.runs import Result
 from lars_fused.study.settings import Settings
 
@@ -43,7 +44,7 @@ METHODS = {
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(StudyPlan):
     """The whole study.
 
     Attributes:
@@ -59,7 +60,6 @@ class Plan:
         longer: multiples of the epochs, at the largest batch.
     """
 
-    base: Settings
     methods: tuple[str, ...]
     batches: tuple[int, ...]
     sgd_grid: tuple[float, ...]
@@ -80,16 +80,6 @@ class Plan:
         for method in self.methods:
             if method not in METHODS:
                 raise StudyError(f"--methods {method} is unknown; choose from {', '.join(METHODS)}")
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self) | {"base": self.base.as_dict()}
-
-    @classmethod
-    def from_dict(cls, saved: dict[str, Any]) -> Plan:
-        """What `as_dict` made, through JSON."""
-        lists = {k: tuple(v) for k, v in saved.items() if isinstance(v, list)}
-        return cls(**(saved | lists | {"base": Settings.from_dict(saved["base"])}))
 
     def cells(self) -> list[Cell]:
         """The independent parts: large batches, which take the fewest steps, first."""

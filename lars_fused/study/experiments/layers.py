@@ -3,35 +3,24 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any
 
 from lars_fused import conventions
 from lars_fused.study.errors import StudyError
 from lars_fused.study.history import LayerNorms
+from lars_fused.study.plans import StudyPlan
 from lars_fused.study.runs import Result
 from lars_fused.study.settings import Settings
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(StudyPlan):
     """LARS and SGD on one network at several batch sizes; `base` is what they share."""
 
-    base: Settings
     batches: tuple[int, ...]
     lars_lr: float
     sgd_lr: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self) | {"base": self.base.as_dict()}
-
-    @classmethod
-    def from_dict(cls, saved: dict[str, Any]) -> Plan:
-        """What `as_dict` made, through JSON."""
-        batches = tuple(saved["batches"])
-        return cls(**(saved | {"batches": batches, "base": Settings.from_dict(saved["base"])}))
 
     def runs(self) -> list[Settings]:
         """LARS first, then SGD, whose rate is given for the smallest batch and scaled."""

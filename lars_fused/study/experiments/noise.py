@@ -15,11 +15,12 @@ import math
 import random
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lars_fused.study.errors import StudyError
 from lars_fused.study.experiments.wells import TILTS, Wells
+from lars_fused.study.plans import StudyPlan
 from lars_fused.study.settings import Settings
 
 RESAMPLES = 400
@@ -40,7 +41,7 @@ class WellCell:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(StudyPlan):
     """The whole study; `base` is what all training runs share, with γ of the sweep over N.
 
     Attributes:
@@ -57,7 +58,6 @@ class Plan:
         well_batches, chains, time: batch sizes, runs of each, and γ times their steps.
     """
 
-    base: Settings
     lrs: tuple[float, ...]
     batches: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -86,16 +86,10 @@ class Plan:
         if self.chains < 2 or self.time <= 0:
             raise StudyError("--chains must be at least 2, and --time positive")
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self) | {"base": self.base.as_dict()}
-
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> Plan:
         """What `as_dict` made, through JSON."""
-        lists = {k: tuple(v) for k, v in saved.items() if isinstance(v, list)}
-        made = {"base": Settings.from_dict(saved["base"]), "wells": Wells(**saved["wells"])}
-        return cls(**(saved | lists | made))
+        return super().from_dict(saved | {"wells": Wells(**saved["wells"])})
 
     def settings(self, lr: float, size: int, batch: int, seed: int, images: int) -> Settings:
         """Of a run on `size` of the base's `images` training images."""

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -23,6 +22,7 @@ from lars_fused.study.errors import StudyError
 from lars_fused.study.experiments import coursework
 from lars_fused.study.history import Evaluation
 from lars_fused.study.loop import Trainer
+from lars_fused.study.plans import StudyPlan
 from lars_fused.study.runs import Result
 from lars_fused.study.settings import Settings
 
@@ -30,7 +30,7 @@ RULES = ("sgd", "rmsprop", "adam", "lars")
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(StudyPlan):
     """The whole study; `base` is what all runs share.
 
     Attributes:
@@ -44,7 +44,6 @@ class Plan:
         network_seeds: runs of each.
     """
 
-    base: Settings
     rules: tuple[str, ...]
     sgd_lrs: tuple[float, ...]
     rmsprop_lrs: tuple[float, ...]
@@ -71,16 +70,6 @@ class Plan:
                 f"the grid of Adam has {adam} points and that of LARS {lars}: they are compared "
                 "only if they are tuned alike; change --adam-* or --lars-*"
             )
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self) | {"base": self.base.as_dict()}
-
-    @classmethod
-    def from_dict(cls, saved: dict[str, Any]) -> Plan:
-        """What `as_dict` made, through JSON."""
-        lists = {k: tuple(v) for k, v in saved.items() if isinstance(v, list)}
-        return cls(**(saved | lists | {"base": Settings.from_dict(saved["base"])}))
 
     def grid(self, rule: str) -> list[Settings]:
         """The points of a rule's grid, with seed 0."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lars_fused.study.errors import StudyError
+from lars_fused.study.plans import StudyPlan
 from lars_fused.study.settings import Settings
 
 METRICS = {
@@ -28,7 +28,7 @@ ARMS = {
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(StudyPlan):
     """The whole study.
 
     Attributes:
@@ -38,7 +38,6 @@ class Plan:
         features: digest of the file of weights whose features are compared; "" for the study's own.
     """
 
-    base: Settings
     metrics: tuple[str, ...]
     prune_seeds: int
     features: str
@@ -50,16 +49,6 @@ class Plan:
                 raise StudyError(f"--metrics {name} is unknown; choose from {', '.join(METRICS)}")
         if len(set(self.metrics)) < len(self.metrics):
             raise StudyError(f"--metrics {','.join(self.metrics)} names a metric twice")
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self) | {"base": self.base.as_dict()}
-
-    @classmethod
-    def from_dict(cls, saved: dict[str, Any]) -> Plan:
-        """What `as_dict` made, through JSON."""
-        base, metrics = Settings.from_dict(saved["base"]), tuple(saved["metrics"])
-        return cls(**(saved | {"base": base, "metrics": metrics}))
 
     def _named(self, order: str, features: bool) -> str:
         return f"{order}:{self.features}" if features and self.features else order

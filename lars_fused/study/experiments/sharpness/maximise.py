@@ -100,7 +100,8 @@ def sharpness(
     search = _Search(function, x, subspace, half_widths(subspace, x, epsilon))
     generator = np.random.default_rng(seed)
     drawn = [generator.choice([-1.0, 1.0], subspace.p) for _ in range(starts)]
-    corners = np.unique(drawn, axis=0) if drawn else []  # a box in 1 or 2 dimensions has few
+    # A box in one or two dimensions has few corners: no climb is made twice.
+    corners: list[Vector] = list(np.unique(drawn, axis=0)) if drawn else []
     bounds = Bounds(-np.ones(subspace.p), np.ones(subspace.p))
     options = {"maxiter": iterations, "ftol": 0.0, "gtol": 1e-12}
     try:

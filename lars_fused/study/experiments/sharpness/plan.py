@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lars_fused.study.errors import StudyError
+from lars_fused.study.plans import StudyPlan
 from lars_fused.study.settings import Settings
 
 OPTIMIZERS = ("adam", "sgd", "lars")
@@ -16,7 +17,7 @@ PATHS = ("linear", "sine")
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(StudyPlan):
     """The whole study.
 
     Attributes:
@@ -32,7 +33,6 @@ class Plan:
         draws: of a random A, for Table 1.
     """
 
-    base: Settings
     rates: dict[str, float]
     batches: tuple[int, ...]
     seeds: int
@@ -52,16 +52,6 @@ class Plan:
                 )
         if len(self.batches) < 2:
             raise StudyError("--batches needs a small and a large batch size to compare")
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self) | {"base": self.base.as_dict()}
-
-    @classmethod
-    def from_dict(cls, saved: dict[str, Any]) -> Plan:
-        """What `as_dict` made, through JSON."""
-        lists = {k: tuple(v) for k, v in saved.items() if isinstance(v, list)}
-        return cls(**(saved | lists | {"base": Settings.from_dict(saved["base"])}))
 
     def settings(self, optimizer: str, batch: int, seed: int) -> Settings:
         """Of a run."""
