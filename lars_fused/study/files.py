@@ -57,6 +57,15 @@ def plain(value: Any) -> Any:
     return value
 
 
+def numbers(value: Any) -> Any:
+    """What `plain` made, with NaN for null: what a run that diverged measured last."""
+    if isinstance(value, dict):
+        return {key: numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [numbers(item) for item in value]
+    return math.nan if value is None else value
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON, indented."""
     text = json.dumps(plain(value), indent=1, allow_nan=False, ensure_ascii=False) + "\n"

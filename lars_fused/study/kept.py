@@ -21,7 +21,7 @@ def path_of(out: Path, kind: str, wanted: Wanted) -> Path:
 
 
 def find(out: Path, kind: str, wanted: Wanted) -> Any:
-    """What was measured, as JSON has it; None if it was not yet.
+    """What was measured, as JSON has it but for NaN; None if it was not yet.
 
     Raises:
         StudyError: the file is damaged, or holds another measurement than its name says.
@@ -32,7 +32,7 @@ def find(out: Path, kind: str, wanted: Wanted) -> Any:
     held = files.read_json(path)
     if not isinstance(held, dict) or held.get("of") != files.plain(wanted):
         raise StudyError(f"{path} holds another measurement than its name says; delete it")
-    return held.get("measured")
+    return files.numbers(held["measured"]) if "measured" in held else None
 
 
 def measure(out: Path, kind: str, wanted: Wanted, compute: Callable[[], Any]) -> Any:
@@ -42,6 +42,7 @@ def measure(out: Path, kind: str, wanted: Wanted, compute: Callable[[], Any]) ->
     """
     found = find(out, kind, wanted)
     if found is None:
-        found = files.plain(compute())
-        files.write_json(path_of(out, kind, wanted), {"of": wanted, "measured": found})
+        made = {"of": wanted, "measured": compute()}
+        files.write_json(path_of(out, kind, wanted), made)
+        found = find(out, kind, wanted)
     return found

@@ -99,7 +99,7 @@ def read(path: Path) -> Result:
     try:
         return Result(
             Settings.from_dict(saved["settings"]),
-            History.from_dict(_numbers(saved["history"])),
+            History.from_dict(files.numbers(saved["history"])),
             saved["steps"],
             saved["images"],
             saved["parameters"],
@@ -110,15 +110,6 @@ def read(path: Path) -> Result:
         raise StudyError(
             f"{path} is not a result of this version ({error}); delete it to run it anew"
         ) from error
-
-
-def _numbers(value: Any) -> Any:
-    """JSON's null back to NaN: what a run that diverged measured last."""
-    if isinstance(value, dict):
-        return {key: _numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_numbers(item) for item in value]
-    return float("nan") if value is None else value
 
 
 def train(

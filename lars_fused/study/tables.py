@@ -1,9 +1,11 @@
-"""Tables for the terminal."""
+"""Tables for the terminal, and the words that titles are made of."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
+
+from lars_fused.study.settings import Settings
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -18,6 +20,22 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         ).rstrip()
         for line in lines
     )
+
+
+def counted(count: int, what: str) -> str:
+    """So many of `what`, such as "1 seed" and "3 seeds"."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+def data_name(settings: Settings) -> str:
+    """The kind of data, without the folder it lies in."""
+    return settings.data.split(":")[0]
+
+
+def network_name(settings: Settings) -> str:
+    """The network, with its width where that is not 1."""
+    width = f" (width {settings.width:g})" if settings.width != 1 else ""
+    return f"{settings.network}{width}"
 
 
 def spread(values: Sequence[float]) -> float:

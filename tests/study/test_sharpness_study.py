@@ -15,7 +15,7 @@ from lars_fused.study import data, loop, runs
 from lars_fused.study.cli import main
 from lars_fused.study.experiments.sharpness import work
 from lars_fused.study.experiments.sharpness.maximise import sharpness
-from lars_fused.study.experiments.sharpness.plan import Box, Plan
+from lars_fused.study.experiments.sharpness.plan import Plan
 from lars_fused.study.experiments.sharpness.subspace import RandomColumns
 from lars_fused.study.experiments.sharpness.surface import (
     Surface,
@@ -95,16 +95,16 @@ def test_nothing_that_is_finished_is_done_again_and_shares_make_the_whole(
     assert main([*SMALL, f"--out={merged}"]) == 0
     for name in TABLES:
         assert (merged / name).read_bytes() == (study / name).read_bytes()
-    file = next((merged / "runs").glob("*/sharpness-*.json"))
+    file = next((merged / "sharpness").glob("*.json"))
     file.write_text(file.read_text()[:30])
     capsys.readouterr()
     assert main(["report", str(merged)]) == 1
     shown = capsys.readouterr()
     assert f"{file} is not a whole JSON file" in shown.err
     assert shown.err.count("\n") == 1
-    file.write_text('{"box": {}, "sharpness": {}}')
+    file.write_text('{"of": {}, "measured": {}}')
     assert main(["report", str(merged)]) == 1
-    assert "is not a sharpness (it is of another box)" in capsys.readouterr().err
+    assert "holds another measurement than its name says" in capsys.readouterr().err
 
 
 def test_an_interrupted_study_goes_on_to_the_same_numbers(
@@ -128,13 +128,7 @@ def test_an_interrupted_study_goes_on_to_the_same_numbers(
         assert (tmp_path / name).read_bytes() == (study / name).read_bytes()
 
 
-def test_a_box_has_a_file_of_its_own() -> None:
-    boxes = [
-        Box("identity", 1e-3, 100, 0, 10), Box("random", 1e-3, 100, 0, 10),
-        Box("random", 5e-4, 100, 0, 10), Box("random", 1e-3, 50, 0, 10),
-        Box("random", 1e-3, 100, 10, 10), Box("random", 1e-3, 100, 0, 20),
-    ]  # fmt: skip
-    assert len({box.name for box in boxes}) == len(boxes)
+def test_a_plan_survives_json_and_both_ends_are_on_every_path() -> None:
     plan = Plan(Settings(), {"adam": 1e-3}, (32, 64), 1, (1e-3,), 100, 0, 10, 25, 100)
     assert plan.alphas[0] == -1
     assert plan.alphas[-1] == 2

@@ -35,7 +35,7 @@ REPORTS: dict[str, Callable[[Path], str]] = {
 def command(out: Path) -> None:
     """Make the tables and pictures of OUT again from the finished runs in it.
 
-    Shares of a sweep that ran elsewhere (--only) are merged by copying their `runs` folders here.
+    Shares of a sweep that ran elsewhere (--only) are merged by copying their folders into OUT.
     """
     study = plans.load(out)["study"]
     if study not in REPORTS:

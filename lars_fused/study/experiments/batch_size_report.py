@@ -12,7 +12,7 @@ from lars_fused.study.data import load
 from lars_fused.study.experiments.batch_size import METHODS, Outcome, Plan, finished
 from lars_fused.study.plans import load as load_plan
 from lars_fused.study.runs import Result
-from lars_fused.study.tables import mean_spread, spread, table
+from lars_fused.study.tables import counted, data_name, mean_spread, network_name, spread, table
 
 
 def images_of(plan: Plan) -> int:
@@ -24,12 +24,10 @@ def images_of(plan: Plan) -> int:
 def title(plan: Plan, images: int) -> str:
     """One line over every picture."""
     base = plan.base
-    name = base.data.split(":")[0]
     size = f" at {base.resolution}x{base.resolution}" if base.resolution else ""
-    width = f" (width {base.width:g})" if base.width != 1 else ""
     return (
-        f"{name}{size}, {images:,} training images, {base.network}{width}, {base.epochs:g} epochs, "
-        f"{plan.seeds} seeds"
+        f"{data_name(base)}{size}, {images:,} training images, {network_name(base)}, "
+        f"{base.epochs:g} epochs, {counted(plan.seeds, 'seed')}"
     )
 
 
@@ -116,7 +114,7 @@ def draw(outcomes: Sequence[Outcome], plan: Plan, images: int, out: Path) -> lis
         pictures.batch_axis(axes, plan.batches)
         axes.set(ylabel="test accuracy, %", title="Accuracy against batch size")
         axes.legend(frameon=False, fontsize=8, title="mean, band: range of the seeds")
-    tuned = f"{plan.tuning_seeds} tuning run{'s' if plan.tuning_seeds > 1 else ''} a point"
+    tuned = f"{counted(plan.tuning_seeds, 'tuning run')} a point"
     with pictures.figure(
         out / names[1], f"{heading}, {tuned} (ring: the rate chosen)", len(plan.batches), width=4.2
     ) as panels:

@@ -11,7 +11,7 @@ from lars_fused.study.experiments.layers import Bound, FirstStep, Plan, bounds, 
 from lars_fused.study.experiments.paper import TABLE_2, TABLE_2_REMARK, TABLE_2_SPREAD
 from lars_fused.study.plans import load as load_plan
 from lars_fused.study.runs import Result
-from lars_fused.study.tables import table
+from lars_fused.study.tables import data_name, network_name, table
 
 PAPER = {layer.name: layer for layer in TABLE_2}
 
@@ -134,7 +134,7 @@ def report(out: Path) -> str:
     if not lars:
         return f"no run with LARS is finished in {out}"
     base = plan.base
-    heading = f"{base.data.split(':')[0]}, {base.network} (width {base.width:g})"
+    heading = f"{data_name(base)}, {network_name(base)}"
     beside = base.network in ("alexnet", "alexnet-bn")
     rows = first_step(lars[0])
     parts = [f"{heading}: the first step at batch {lars[0].settings.batch:,} (Table 2)"]

@@ -15,7 +15,7 @@ from lars_fused.study.experiments import noise_wells_report
 from lars_fused.study.experiments.noise import Best, Curve, Fit, Plan, best, fit, noise_scale
 from lars_fused.study.experiments.noise_parts import Point, curve, gradient_noise, measured_run
 from lars_fused.study.plans import load as load_plan
-from lars_fused.study.tables import mean_spread, table
+from lars_fused.study.tables import counted, data_name, mean_spread, network_name, table
 
 Row = tuple[Curve, Best]
 
@@ -29,11 +29,10 @@ def images_of(plan: Plan) -> int:
 def title(plan: Plan, images: int) -> str:
     """One line over every picture."""
     base = plan.base
-    width = f" (width {base.width:g})" if base.width != 1 else ""
     momentum = f", momentum {base.momentum:g}" if base.momentum else ""
     return (
-        f"{base.data.split(':')[0]}, {images:,} training images, {base.network}{width}, "
-        f"SGD{momentum}, {plan.steps:,} steps, {plan.seeds} seeds"
+        f"{data_name(base)}, {images:,} training images, {network_name(base)}, "
+        f"SGD{momentum}, {plan.steps:,} steps, {counted(plan.seeds, 'seed')}"
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lars_fused.study import pictures
 from lars_fused.study.experiments.rules import Outcome, Plan, best, described
+from lars_fused.study.tables import counted
 
 PRODUCTS = {
     "adam": ("beta1", "beta2", ("β1", "β2")),
@@ -129,10 +130,6 @@ def networks(trained: Mapping[str, Outcome], heading: str, out: Path) -> str:
     return "networks.png"
 
 
-def _seeds(count: int) -> str:
-    return f"{count} seed{'s' if count > 1 else ''}"
-
-
 def draw(
     plan: Plan,
     grids: Mapping[str, Sequence[Outcome]],
@@ -143,12 +140,11 @@ def draw(
     """The pictures that there are runs for; their names."""
     names: list[str] = []
     if grids:
-        seeds = f"{heading}, {_seeds(plan.seeds)}"
+        seeds = f"{heading}, {counted(plan.seeds, 'seed')}"
         names += [rates(grids, seeds, out), *curves(grids, seeds, out)]
         names += [product_grid(grids[r], seeds, out, r) for r in ("adam", "lars") if r in grids]
     if trained:
         adam = described(next(iter(trained.values())).settings)
-        names.append(
-            networks(trained, f"{heading}, Adam ({adam}), {_seeds(plan.network_seeds)}", out)
-        )
+        seeds = f"{heading}, Adam ({adam}), {counted(plan.network_seeds, 'seed')}"
+        names.append(networks(trained, seeds, out))
     return names

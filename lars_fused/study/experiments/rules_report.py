@@ -22,7 +22,7 @@ from lars_fused.study.experiments.rules import (
     outcomes,
 )
 from lars_fused.study.plans import load as load_plan
-from lars_fused.study.tables import mean_spread, table
+from lars_fused.study.tables import counted, data_name, mean_spread, table
 
 SHOWN = 6
 """Points of a grid in the terminal; the CSV has all."""
@@ -52,9 +52,9 @@ def title(plan: Plan) -> str:
     """One line over every picture."""
     base = plan.base
     data = load(base.data, base.resolution, base.train_images)
-    width = f", width {base.width:g}" if base.width != 1 else ""
+    width = f", width {base.width:g}" if base.width != 1 else ""  # of several networks
     return (
-        f"{base.data.split(':')[0]}, {len(data.train) - base.validation:,} training and "
+        f"{data_name(base)}, {len(data.train) - base.validation:,} training and "
         f"{base.validation:,} validation images, batch {base.batch}, {base.epochs:g} epochs{width}"
     )
 
@@ -202,7 +202,7 @@ def report(out: Path) -> str:
     summary: dict[str, Any] = {**held, "rules": {}, "networks": {}}
     parts = [heading]
     if found.rules:
-        parts += ["", f"The {SHOWN} best points of each grid, {plan.seeds} seeds:"]
+        parts += ["", f"The {SHOWN} best points of each grid, {counted(plan.seeds, 'seed')}:"]
         parts += [rule_table(found), "", published_rules(found)]
         summary["rules"] = {rule: _summary(best(o)) for rule, o in found.rules.items()}
     if found.networks:

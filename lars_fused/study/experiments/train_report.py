@@ -7,15 +7,14 @@ from pathlib import Path
 from lars_fused.study import pictures, runs
 from lars_fused.study.plans import load as load_plan
 from lars_fused.study.runs import Result
-from lars_fused.study.tables import table
+from lars_fused.study.tables import data_name, network_name, table
 
 
 def heading(result: Result) -> str:
     """A run in one line."""
     s = result.settings
-    width = f" (width {s.width:g})" if s.width != 1 else ""
     return (
-        f"{s.data.split(':')[0]}, {s.network}{width}, {s.optimizer}, batch {s.batch:,}, "
+        f"{data_name(s)}, {network_name(s)}, {s.optimizer}, batch {s.batch:,}, "
         f"lr {s.peak_lr:.4g}, {s.epochs:g} epochs, seed {s.seed}"
     )
 

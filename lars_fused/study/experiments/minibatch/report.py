@@ -13,16 +13,15 @@ from lars_fused.study.experiments.minibatch.compare import Distances
 from lars_fused.study.experiments.minibatch.plan import ARMS, Plan
 from lars_fused.study.plans import load as load_plan
 from lars_fused.study.runs import Result
-from lars_fused.study.tables import mean_spread, table
+from lars_fused.study.tables import data_name, mean_spread, network_name, table
 
 
 def heading(plan: Plan) -> str:
     """The study in one line."""
     base = plan.base
     images = f", {base.train_images:,} images" if base.train_images else ""
-    width = f" (width {base.width:g})" if base.width != 1 else ""
     return (
-        f"{base.data.split(':')[0]}{images}, {base.network}{width}, mini-batches of {base.batch}, "
+        f"{data_name(base)}{images}, {network_name(base)}, mini-batches of {base.batch}, "
         f"{base.epochs:g} epochs"
     )
 

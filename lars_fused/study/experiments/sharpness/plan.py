@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from lars_fused.study.errors import StudyError
 from lars_fused.study.plans import StudyPlan
@@ -112,13 +109,3 @@ class Box:
     columns: int
     images: int
     iterations: int
-
-    @property
-    def name(self) -> str:
-        """Of the file that keeps it."""
-        return f"sharpness-{digest(asdict(self))}.json"
-
-
-def digest(facts: dict[str, Any]) -> str:
-    """A short name for plain data."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]

@@ -14,7 +14,7 @@ from lars_fused.study.experiments.sharpness.plan import MATRICES, Plan
 from lars_fused.study.experiments.sharpness.surface import Point
 from lars_fused.study.experiments.sharpness.work import Measurement
 from lars_fused.study.plans import load as load_plan
-from lars_fused.study.tables import mean_spread, table
+from lars_fused.study.tables import counted, data_name, mean_spread, network_name, table
 
 FIRST_DRAW = 1
 """Seed of the first A of Table 1; the others follow."""
@@ -24,10 +24,9 @@ def heading(plan: Plan, seeds: str = "") -> str:
     """The study in one line; `seeds` in place of how many there are."""
     base = plan.base
     images = f", {base.train_images:,} images" if base.train_images else ""
-    width = f" (width {base.width:g})" if base.width != 1 else ""
     return (
-        f"{base.data.split(':')[0]}{images}, {base.network}{width}, {base.epochs:g} epochs, "
-        f"{seeds or f'{plan.seeds} seed' + 's' * (plan.seeds > 1)}"
+        f"{data_name(base)}{images}, {network_name(base)}, {base.epochs:g} epochs, "
+        f"{seeds or counted(plan.seeds, 'seed')}"
     )
 
 
