@@ -13,6 +13,7 @@ try:
         layers,
         minibatch,
         noise,
+        options,
         recipes,
         report,
         rules,
@@ -30,12 +31,15 @@ except ModuleNotFoundError as missing:
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Large-batch training on your own data: the experiments behind LARS as commands.
 
     Everything runs on scikit-learn's handwritten digits by default. `lars-study COMMAND --help`
     lists the options of a command.
     """
+    if context.invoked_subcommand != "train":
+        options.take_one_core()
 
 
 COMMANDS = (train, batch_size, layers, minibatch, sharpness, noise, rules, recipes, report)

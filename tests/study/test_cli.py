@@ -282,6 +282,32 @@ def test_report_of_single_runs(tmp_path, capsys) -> None:
     assert picture.exists()
 
 
+@pytest.mark.parametrize(
+    ("command", "variable", "gpu", "threads"),
+    [
+        ("recipes", None, False, 1),
+        ("recipes", "3", False, 3),
+        ("recipes", None, True, 3),
+        ("train", None, False, 3),
+    ],
+)
+def test_a_sweep_takes_one_core_and_a_run_all_of_them(
+    command, variable, gpu, threads, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    if variable is None:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    else:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        main([command, *(["--data=nowhere"] if command == "train" else [])])
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_versions_and_command_are_in_the_result(tmp_path) -> None:
     assert main([*TRAIN, "--epochs=0.1", f"--out={tmp_path}"]) == 0
     saved = result_in(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+import torch
 
 from lars_fused.study import networks
 from lars_fused.study.data import NAMES, Data, load
@@ -122,6 +124,16 @@ only = click.option(
 tensorboard = click.option(
     "--tensorboard", is_flag=True, help="Write events for TensorBoard as well (needs tensorboard)."
 )
+
+
+def take_one_core() -> None:
+    """Leave the other cores to other shares of a sweep, unless OMP_NUM_THREADS is set.
+
+    Small networks gain nothing from a second thread, and where it has to wait for a core each step
+    waits with it. With a GPU, threads prepare the images and stay.
+    """
+    if "OMP_NUM_THREADS" not in os.environ and not torch.cuda.is_available():
+        torch.set_num_threads(1)
 
 
 def loaded(chosen: Chosen) -> Data:
