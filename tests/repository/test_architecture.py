@@ -32,7 +32,7 @@ def code_files():
     return {
         path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
         for path in files
-        if "study" not in path.parts
+        if "study" not in path.relative_to(ROOT).parts
     }
 
 
