@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 import statistics
 from pathlib import Path
 
 import pytest
 
-from tests.study.tables import rows
+from tests.study.tables import rows, summary_of
 
 pytestmark = pytest.mark.cpu
 
@@ -53,7 +52,7 @@ def test_accuracy_against_batch_size(study: Path) -> None:
         assert lr == f"{float(runs[0]['lr']):.4g}{edge}"
         assert accuracy == mean_spread([float(run["test_accuracy"]) for run in runs])
         assert steps.replace(",", "") == runs[0]["steps"]
-        assert len(runs) == json.loads((study / "summary.json").read_text())["plan"]["seeds"]
+        assert len(runs) == summary_of(study)["plan"]["seeds"]
 
 
 @pytest.mark.parametrize("study", SWEEPS, ids=lambda s: s.name)
@@ -70,7 +69,7 @@ def test_accuracy_against_epochs(study: Path) -> None:
 
 @pytest.mark.parametrize("study", LAYERS, ids=lambda s: s.name)
 def test_spread_of_ratios_and_the_bound(study: Path) -> None:
-    summary = json.loads((study / "summary.json").read_text())
+    summary = summary_of(study)
     shown = table_after(f"{study.name}: layers")
     assert len(shown) == len(summary["first_step"])
     for line, first, bound in zip(shown, summary["first_step"], summary["bounds"], strict=True):
@@ -92,7 +91,7 @@ def test_spread_of_ratios_and_the_bound(study: Path) -> None:
 
 @pytest.mark.parametrize("study", STUDIES, ids=lambda s: s.name)
 def test_the_command_that_made_it_and_its_pictures_are_shown(study: Path) -> None:
-    command = json.loads((study / "summary.json").read_text())["command"]
+    command = summary_of(study)["command"]
     # The shell's line breaks and the quotes around nothing are all that may differ.
     shown = " ".join(TEXT.replace("\\\n", " ").split())
     assert " ".join(command) in shown
@@ -108,7 +107,7 @@ def test_percentages_in_sentences_are_means_of_a_file() -> None:
             for runs in grouped(study / f"accuracy_by_{file}.csv", "method", name).values():
                 known.add(f"{statistics.mean(float(r['test_accuracy']) for r in runs):.2f}")
     for study in LAYERS:
-        accuracies = json.loads((study / "summary.json").read_text())["accuracy"]
+        accuracies = summary_of(study)["accuracy"]
         known |= {f"{value:.2f}" for value in accuracies.values()}
     for file, group, columns in (
         ("by_batch.csv", ("lr", "images", "batch"), ("test_accuracy",)),

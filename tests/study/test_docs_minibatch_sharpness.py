@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from pathlib import Path
 
 import pytest
 
-from tests.study.tables import rows
+from tests.study.tables import rows, summary_of
 from tests.study.test_docs import RESULTS, grouped, mean_spread, table_after
 
 pytestmark = pytest.mark.cpu
@@ -53,7 +52,7 @@ def test_claims_and_how_they_came_out(study: Path) -> None:
 
 @pytest.mark.parametrize("study", COMPARED, ids=lambda s: s.name)
 def test_pruned_runs_and_the_verdict(study: Path) -> None:
-    summary = json.loads((study / "summary.json").read_text())
+    summary = summary_of(study)
     arms = grouped(study / "prune.csv", "arm")
     shown = table_after(f"{study.name}: prune")
     assert [line[0] for line in shown] == [arm for (arm,) in arms]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from pathlib import Path
 
 import pytest
 
+from tests.study.tables import summary_of
 from tests.study.test_docs import STUDIES, grouped, mean_spread, table_after
 
 pytestmark = pytest.mark.cpu
@@ -16,13 +16,9 @@ NOISE = [s for s in STUDIES if (s / "by_batch.csv").exists()]
 RULES = [s for s in STUDIES if (s / "points.csv").exists()]
 
 
-def summary(study: Path) -> dict:
-    return json.loads((study / "summary.json").read_text())
-
-
 @pytest.mark.parametrize("study", NOISE, ids=lambda s: s.name)
 def test_best_batch_sizes(study: Path) -> None:
-    held, points = summary(study), grouped(study / "by_batch.csv", "lr", "images", "batch")
+    held, points = summary_of(study), grouped(study / "by_batch.csv", "lr", "images", "batch")
     shown = table_after(f"{study.name}: best")
     assert len(shown) == len(held["best"])
     for line, best in zip(shown, held["best"], strict=True):
@@ -42,7 +38,7 @@ def test_best_batch_sizes(study: Path) -> None:
 
 @pytest.mark.parametrize("study", NOISE, ids=lambda s: s.name)
 def test_gradient_noise_and_shares(study: Path) -> None:
-    held = summary(study)
+    held = summary_of(study)
     for line, point in zip(
         table_after(f"{study.name}: gradients"), held["gradient_noise"], strict=True
     ):
@@ -67,7 +63,7 @@ def test_gradient_noise_and_shares(study: Path) -> None:
 
 @pytest.mark.parametrize("study", RULES, ids=lambda s: s.name)
 def test_rules_and_networks(study: Path) -> None:
-    held = summary(study)
+    held = summary_of(study)
     for part in ("rules", "networks"):
         shown = table_after(f"{study.name}: {part}")
         assert len(shown) == len(held[part])

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("click", reason="the extra `study` is not installed")
 pytest.importorskip("matplotlib", reason="the extra `study` is not installed")
 
-from lars_fused.study import data, runs
+from lars_fused.study import data, plans, runs
 from lars_fused.study.errors import StudyError
 from lars_fused.study.experiments import batch_size, batch_size_report, layers, layers_report
 from lars_fused.study.experiments.batch_size import METHODS, Cell, Plan
@@ -20,7 +20,7 @@ from lars_fused.study.history import History
 from lars_fused.study.loop import Trainer
 from lars_fused.study.settings import Settings
 from tests.study.commands import done_in_shares
-from tests.study.tables import rows
+from tests.study.tables import rows, summary_of
 
 pytestmark = pytest.mark.cpu
 
@@ -149,7 +149,7 @@ def test_a_sweep_leaves_its_tables_pictures_and_settings(sweep: Path) -> None:
     assert len(rows(sweep / "accuracy_by_epochs.csv")) == 2 * 2 * 2
     for name in ("accuracy_by_batch", "accuracy_by_lr", "accuracy_by_epochs", "loss_gap"):
         assert (sweep / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    summary = json.loads((sweep / "summary.json").read_text())
+    summary = summary_of(sweep)
     assert summary["plan"]["base"]["network"] == "linear"
     assert summary["command"][0] == "lars-study"
     assert {"torch", "python", "lars_fused"} <= summary["versions"].keys()
@@ -164,7 +164,7 @@ def test_a_sweep_leaves_its_tables_pictures_and_settings(sweep: Path) -> None:
 
 def test_each_number_of_the_table_is_that_of_a_run_made_anew(sweep: Path) -> None:
     row = rows(sweep / "accuracy_by_batch.csv")[-1]
-    cell = Plan.from_dict(json.loads((sweep / "study.json").read_text())["plan"])
+    cell = Plan.from_dict(plans.load(sweep)["plan"])
     method = METHODS[row["method"]]
     settings = replace(
         cell.base, optimizer=method.optimizer, scaling="none", lr=float(row["lr"]),

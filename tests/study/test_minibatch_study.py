@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,14 +12,14 @@ pytest.importorskip("click", reason="the extra `study` is not installed")
 pytest.importorskip("matplotlib", reason="the extra `study` is not installed")
 pytest.importorskip("skimage", reason="the extra `study` is not installed")
 
-from lars_fused.study import data, loop, runs
+from lars_fused.study import data, loop, plans, runs
 from lars_fused.study.cli import main
 from lars_fused.study.experiments.minibatch import compare
 from lars_fused.study.experiments.minibatch.plan import Plan
 from lars_fused.study.loop import Trainer
 from tests.study.commands import done_in_shares, finished, interrupted, refused
 from tests.study.drawing import coarsely_drawn, undrawn
-from tests.study.tables import rows
+from tests.study.tables import rows, summary_of
 
 pytestmark = pytest.mark.cpu
 
@@ -56,7 +55,7 @@ def test_the_command_leaves_its_tables_and_pictures(study: Path) -> None:
         (arm, seed) for arm in ("random", "sorted", "recommended") for seed in ("0", "1")
     ]
     assert {row["steps"] for row in arms} == {"16"}
-    summary = json.loads((study / "summary.json").read_text())
+    summary = summary_of(study)
     for verdict in summary["prune"]["verdicts"]:
         expected = [
             float(r["test_accuracy"]) - float(s["test_accuracy"])
@@ -68,7 +67,7 @@ def test_the_command_leaves_its_tables_and_pictures(study: Path) -> None:
 
 
 def test_arms_of_a_seed_begin_with_the_same_weights_and_differ_in_their_images(study: Path) -> None:
-    plan = Plan.from_dict(json.loads((study / "study.json").read_text())["plan"])
+    plan = Plan.from_dict(plans.load(study)["plan"])
     found = {arm: runs.find(study, plan.arm(arm, 0)) for arm in ("random", "recommended")}
     made = [
         Trainer(replace(plan.arm(arm, 0), epochs=2.0), data.load("synthetic", 0, 128)).parameters

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from lars_fused.study.experiments.noise import Plan
 from lars_fused.study.loop import Trainer
 from tests.study.commands import done_in_shares, finished, interrupted, refused
 from tests.study.drawing import coarsely_drawn, undrawn
-from tests.study.tables import rows
+from tests.study.tables import rows, summary_of
 
 pytestmark = pytest.mark.cpu
 
@@ -48,7 +47,7 @@ def test_a_study_leaves_its_tables_and_pictures(study: Path) -> None:
     assert len(table) == 2 * (3 + 3 + 2)
     row = next(r for r in table if (r["lr"], r["images"], r["batch"]) == ("0.4", "2048", "64"))
     assert float(row["noise_scale"]) == pytest.approx(0.4 * (2048 / 64 - 1))
-    settings = Plan.from_dict(json.loads((study / "study.json").read_text())["plan"]).settings(
+    settings = Plan.from_dict(plans.load(study)["plan"]).settings(
         0.4, 2048, 64, int(row["seed"]), 2048
     )
     assert runs.find(study, settings).accuracy == float(row["test_accuracy"])
@@ -59,7 +58,7 @@ def test_a_study_leaves_its_tables_and_pictures(study: Path) -> None:
     ]  # fmt: skip
     for r in shares:
         assert float(r["lr"]) / int(r["batch"]) == pytest.approx(2 * 0.45 / 12**2)
-    summary = json.loads((study / "summary.json").read_text())
+    summary = summary_of(study)
     assert [p["step"] for p in summary["gradient_noise"]] == [0, 1, 2, 4, 8]
 
 
@@ -80,7 +79,7 @@ def test_shares_that_are_merged_are_the_whole_study(
     assert "share in the flat minimum" in capsys.readouterr().out
     for name in ("by_batch.csv", "wells.csv"):
         assert (merged / name).read_bytes() == (study / name).read_bytes()
-    ours, theirs = (json.loads((p / "summary.json").read_text()) for p in (merged, study))
+    ours, theirs = (summary_of(p) for p in (merged, study))
     assert ours["command"] == ["lars-study", *sys.argv[1:]]  # no --only: it is the whole study
     assert plans.whole(["noise", "--only", "1/2", "--steps=3", "--only=2/2"]) == [
         "noise", "--steps=3",

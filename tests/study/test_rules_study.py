@@ -13,7 +13,7 @@ pytest.importorskip("click", reason="the extra `study` is not installed")
 pytest.importorskip("matplotlib", reason="the extra `study` is not installed")
 pytest.importorskip("scipy", reason="the extra `study` is not installed")
 
-from lars_fused.study import loop, runs
+from lars_fused.study import loop, plans, runs
 from lars_fused.study.cli import main
 from lars_fused.study.data import load
 from lars_fused.study.errors import StudyError
@@ -24,7 +24,7 @@ from lars_fused.study.loop import Trainer
 from lars_fused.study.settings import Settings
 from tests.study.commands import done_in_shares, finished, interrupted, refused
 from tests.study.drawing import coarsely_drawn, undrawn
-from tests.study.tables import rows
+from tests.study.tables import rows, summary_of
 
 pytestmark = pytest.mark.cpu
 
@@ -142,12 +142,12 @@ def test_a_study_leaves_its_tables_and_pictures(study: Path, monkeypatch, capsys
     assert len(points) == 1 + 2 + 2 + 2 + 4 * 2
     curves = rows(study / "by_epoch.csv")
     assert [float(r["epoch"]) for r in curves[:2]] == [1.0, 2.0]  # 175 images: 7 steps an epoch
-    plan_ = Plan.from_dict(json.loads((study / "study.json").read_text())["plan"])
+    plan_ = Plan.from_dict(plans.load(study)["plan"])
     assert (plan_.base.validation, plan_.base.evaluations, plan_.base.pixels) == (25, 2, "unit")
     row = next(r for r in points if r["rule"] == "lars" and r["lr"] == "3.0")
     again = Trainer(plan_.grid("lars")[0], load("synthetic", 0, 200)).run().evaluations
     assert max(e["test_accuracy"] for e in again) == float(row["best_validation"])
-    moved = json.loads((study / "summary.json").read_text())["batch_norm_moved"]
+    moved = summary_of(study)["batch_norm_moved"]
     assert set(moved) == {"mlp-bn", "mlp-bn-frozen"}
     assert all(value > 0 for value in moved["mlp-bn"].values())
     assert set(moved["mlp-bn-frozen"].values()) == {0.0}

@@ -11,7 +11,7 @@ pytest.importorskip("click", reason="the extra `study` is not installed")
 pytest.importorskip("matplotlib", reason="the extra `study` is not installed")
 pytest.importorskip("scipy", reason="the extra `study` is not installed")
 
-from lars_fused.study import data, loop, runs
+from lars_fused.study import data, loop, plans, runs
 from lars_fused.study.cli import main
 from lars_fused.study.experiments.sharpness import work
 from lars_fused.study.experiments.sharpness.maximise import sharpness
@@ -24,7 +24,7 @@ from lars_fused.study.loop import Trainer
 from lars_fused.study.settings import Settings
 from tests.study.commands import done_in_shares, finished, interrupted, refused
 from tests.study.drawing import coarsely_drawn, undrawn
-from tests.study.tables import rows
+from tests.study.tables import rows, summary_of
 
 pytestmark = pytest.mark.cpu
 
@@ -63,14 +63,14 @@ def test_the_command_leaves_its_tables_and_pictures(study: Path) -> None:
     for row in ends:
         batch = "32" if row["alpha"] == "0.0" else "128"  # the small batch is at α = 0
         assert float(row["test_accuracy"]) == accuracies[batch]
-    summary = json.loads((study / "summary.json").read_text())
+    summary = summary_of(study)
     assert len(summary["functions"]) == 16
     assert all(f["agrees"] for f in summary["functions"] if not f["random"])
     assert summary["versions"]["scipy"]
 
 
 def test_each_number_is_that_of_a_sharpness_measured_anew(study: Path) -> None:
-    plan = Plan.from_dict(json.loads((study / "study.json").read_text())["plan"])
+    plan = Plan.from_dict(plans.load(study)["plan"])
     row = rows(study / "sharpness.csv")[-1]
     settings = plan.settings(row["optimizer"], int(row["batch"]), int(row["seed"]))
     loaded = data.load("synthetic", 0, 256)
