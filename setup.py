@@ -25,6 +25,7 @@ STUDY = [
     "scikit-image>=0.22",
     "scikit-learn>=1.3",
     "scipy>=1.11",
+    "threadpoolctl>=3",
     "tqdm>=4.65",
 ]
 TENSORBOARD = ["tensorboard>=2.16"]

@@ -16,6 +16,8 @@ import torch
 pytest.importorskip("click", reason="the extra `study` is not installed")
 pytest.importorskip("matplotlib", reason="the extra `study` is not installed")
 
+from threadpoolctl import threadpool_info, threadpool_limits
+
 from lars_fused.study import runs
 from lars_fused.study.cli import main
 from lars_fused.study.settings import Settings
@@ -302,8 +304,11 @@ def test_a_sweep_takes_one_core_and_a_run_all_of_them(
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        main([command, *(["--data=nowhere"] if command == "train" else [])])
-        assert torch.get_num_threads() == threads
+        with threadpool_limits(3):
+            main([command, *(["--data=nowhere"] if command == "train" else [])])
+            assert torch.get_num_threads() == threads
+            pools = [pool for pool in threadpool_info() if pool["user_api"] == "blas"]
+            assert {pool["num_threads"] for pool in pools} == {threads}
     finally:
         torch.set_num_threads(before)
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import click
 import torch
+from threadpoolctl import threadpool_limits
 
 from lars_fused.study import networks
 from lars_fused.study.data import NAMES, Data, load
@@ -134,6 +135,7 @@ def take_one_core() -> None:
     """
     if "OMP_NUM_THREADS" not in os.environ and not torch.cuda.is_available():
         torch.set_num_threads(1)
+        threadpool_limits(1, user_api="blas")  # numpy's, which torch does not know
 
 
 def loaded(chosen: Chosen) -> Data:
