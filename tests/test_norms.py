@@ -273,3 +273,11 @@ def test_what_inference_mode_made_serves_later_calls(function, backend, device):
         first = float(norm(kept))
     others = [t.clone() for t in kept]  # the same shapes, other addresses
     assert float(norm(others)) == first == pytest.approx((37 * 4 + 600) ** 0.5, rel=1e-6)
+
+
+def test_a_norm_whose_square_passes_float64_does_not_raise(backend, device):
+    """Four pieces whose squares float64 holds, but not their sum."""
+    (norm,) = multi_tensor_l2norm(
+        [torch.full((4 * 4096,), 1.2e152, dtype=torch.float64, device=device)], backend="torch"
+    )
+    assert norm == torch.inf

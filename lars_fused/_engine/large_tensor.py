@@ -16,7 +16,16 @@ from torch import Tensor
 from ..options import Options
 from . import sgd_kernel
 from .rates import Rates
-from .square_norms import STAGE, blocks, joined, norm, own_pieces, piece_count, piece_norms
+from .square_norms import (
+    STAGE,
+    blocks,
+    joined,
+    joint_square,
+    norm,
+    own_pieces,
+    piece_count,
+    piece_norms,
+)
 
 WINDOW = 1 << 22  # elements of w and g that a large cache still holds in part
 # 1 − (1 − factor) is off by at most 2^-54: from here up, 2 ulp of float64, 1/4 ulp of float32.
@@ -190,7 +199,7 @@ def _squares_in_stages(
         if exact:
             d = torch.add(g, w, alpha=alpha, out=stage.spend(w.numel())[1])
             parts[2].extend(piece_norms(d).tolist())
-    w2, g2, d2 = (math.hypot(*norms) ** 2 for norms in parts)
+    w2, g2, d2 = map(joint_square, parts)
     return w2, g2, d2 if exact else math.nan if alpha else g2
 
 

@@ -8,6 +8,7 @@ recomputed in float64.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from itertools import chain
 
@@ -65,6 +66,12 @@ def joined(table: Tensor) -> list[float]:
     return [norm * norm for norm in norms]
 
 
+def joint_square(norms: Sequence[float]) -> float:
+    """The squared norm of everything of which these are the norms; inf where it is too large."""
+    norm = math.hypot(*norms)
+    return norm * norm  # `** 2` would raise where it overflows
+
+
 def in_order(t: Tensor) -> Tensor:
     """A contiguous view of a dense tensor: the same memory, of any shape."""
     return t if t.is_contiguous() else t.as_strided((t.numel(),), (1,))
@@ -88,12 +95,11 @@ def of(tensors: Sequence[Tensor]) -> Tensor:
         elif t.numel():
             small.setdefault(t.dtype, []).append(i)
     for index in small.values():
-        found = torch._foreach_norm([tensors[i] for i in index])
-        _note(squares, index, torch.stack(found).tolist())
-    if large:
-        together = [_piece_norms_of(tensors[i]) for i in large]
-        found = torch._foreach_norm(together, 2, torch.float64)
-        _note(squares, large, torch.stack(found).tolist())
+        found = torch.stack(torch._foreach_norm([tensors[i] for i in index])).tolist()
+        for i, one in zip(index, found, strict=True):
+            squares[i] = one * one
+    for i in large:
+        squares[i] = joint_square(_piece_norms_of(tensors[i]).tolist())
     for i in (*chain.from_iterable(small.values()), *large):
         t = tensors[i]
         wide = torch.float64 if t.dtype == torch.float64 else torch.float32
@@ -103,11 +109,6 @@ def of(tensors: Sequence[Tensor]) -> Tensor:
     for i in rest:
         squares[i] = float(portable.squared_norm(tensors[i]))
     return torch.tensor(squares, dtype=torch.float64, device="cpu")
-
-
-def _note(squares: list[float], index: list[int], norms: list[float]) -> None:
-    for i, norm in zip(index, norms, strict=True):
-        squares[i] = norm * norm
 
 
 def _piece_norms_of(t: Tensor) -> Tensor:
