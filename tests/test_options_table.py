@@ -8,23 +8,40 @@ import pytest
 import torch
 
 import lars_fused
-from lars_fused import LARS, lars_step, options
+from lars_fused import LARS, conventions, lars_step, options
+from lars_fused.checkpoints import convert
 from lars_fused.kernels import layout
 from lars_fused.options import TABLE, Options, Settings
 from tests import test_reference
 from tests.cases import OPTIONS, TERMS
-from tests.contract import test_options
+from tests.contract import bad_input, test_options
 
 pytestmark = pytest.mark.cpu
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
+# In the order of the steps in CONTRIBUTING.md: with -x, the first failure is the next step.
+
+
+def test_each_option_has_a_word_or_a_bit_of_its_own_in_the_group_row():
+    words = [kind.word for kind in TABLE.values() if kind.word != layout.SWITCHES]
+    words += [layout.LR_AT, layout.SWITCHES]
+    assert sorted(words) == list(range(len(words))), "each word once, without a gap"
+    assert len(words) <= layout.GROUP_WORDS, "raise GROUP_WORDS, a power of two"
+    flags = [name for name, value in Options._field_defaults.items() if isinstance(value, bool)]
+    bits = [int(TABLE[name].encode(True)) for name in flags]
+    bits += [layout.LR_IS_FP64, *filter(None, layout.DENOMINATORS.values())]
+    assert sorted(bits) == [1 << n for n in range(len(bits))], "each bit once, without a gap"
+
+
 @pytest.mark.parametrize("function", [LARS, lars_step], ids=["LARS", "lars_step"])
 def test_signatures_list_the_options_with_their_defaults(function):
     parameters = inspect.signature(function).parameters
     shared = [name for name in parameters if name in Options._fields]
-    assert shared == list(Options._fields)
+    missing = [name for name in Options._fields if name not in shared]
+    assert not missing, f"add {missing} to the signature of {function.__name__}"
+    assert shared == list(Options._fields), "not in the order of the table"
     for name, default in Options._field_defaults.items():
         assert parameters[name].default == default, name
         keyword = inspect.Parameter.KEYWORD_ONLY
@@ -40,8 +57,13 @@ def test_the_settings_of_the_optimizer_are_its_last_arguments():
 
 @pytest.mark.parametrize("name", TABLE)
 def test_the_docstring_documents_every_option_and_its_symbol(name):
+    for documented in (LARS, lars_step):
+        lines = re.findall(rf"^        {name}: (.*)$", documented.__doc__, re.MULTILINE)
+        assert len(lines) == 1, f"add {name} to the docstring of {documented.__name__}"
     (line,) = re.findall(rf"^        {name}: (.*)$", LARS.__doc__, re.MULTILINE)
     symbol = TABLE[name].symbol
+    equations = LARS.__doc__.split("    Source: ")[0]
+    assert symbol in equations, f"the equations in the docstring of LARS lack {symbol} ({name})"
     if symbol and name != "denominator":
         assert line.startswith(symbol), line
     if bounded := re.fullmatch("0 to (.*)", TABLE[name].allowed):
@@ -49,18 +71,10 @@ def test_the_docstring_documents_every_option_and_its_symbol(name):
 
 
 def test_the_documentation_has_the_table():
-    assert options.documentation_table() in (ROOT / "docs" / "options.md").read_text("utf-8")
-
-
-def test_each_option_has_a_word_or_a_bit_of_its_own_in_the_group_row():
-    words = [kind.word for kind in TABLE.values() if kind.word != layout.SWITCHES]
-    words += [layout.LR_AT, layout.SWITCHES]
-    assert sorted(words) == list(range(len(words))), "each word once, without a gap"
-    assert len(words) <= layout.GROUP_WORDS, "raise GROUP_WORDS, a power of two"
-    flags = [name for name, value in Options._field_defaults.items() if isinstance(value, bool)]
-    bits = [int(TABLE[name].encode(True)) for name in flags]
-    bits += [layout.LR_IS_FP64, *filter(None, layout.DENOMINATORS.values())]
-    assert sorted(bits) == [1 << n for n in range(len(bits))], "each bit once, without a gap"
+    page = (ROOT / "docs" / "options.md").read_text("utf-8")
+    lacking = [line for line in options.documentation_table().splitlines() if line not in page]
+    assert not lacking, f"paste options.documentation_table() into docs/options.md: {lacking}"
+    assert options.documentation_table() in page, "docs/options.md has more than the table"
 
 
 def other_value(name):
@@ -111,7 +125,22 @@ def test_every_option_has_a_case_by_hand_and_on_every_backend(cases):
         for name, value in case.items()
         if name in Options._fields and value != Options._field_defaults[name]
     }
-    assert changed == set(Options._fields), "add a case that changes the missing option"
+    missing = set(Options._fields) - changed
+    assert not missing, f"add a case that changes {missing}"
+
+
+def test_a_converted_checkpoint_has_every_option():
+    """Each option that no convention sets has its default in `checkpoints/convert.py`."""
+    for name in conventions.__all__:
+        given = {"lr", "momentum", *convert._DEFAULTS, *getattr(conventions, name)}
+        missing = set(Options._fields) - given
+        assert not missing, f"add {missing} to convert._DEFAULTS, or to conventions.{name}"
+
+
+def test_every_option_is_refused_where_it_is_bad():
+    listed = {*bad_input.NUMBERS, *bad_input.FLAGS, *bad_input.CHOICES}
+    missing = set(Options._fields) - listed
+    assert not missing, f"add {missing} to NUMBERS, FLAGS or CHOICES in contract/bad_input.py"
 
 
 def test_defaults_and_groups_hold_the_options_and_nothing_else():

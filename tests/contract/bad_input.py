@@ -53,6 +53,8 @@ NUMBERS = {
     "trust_coefficient": "a finite number >= 0", "eps": "a finite number >= 0",
     "dampening": "in [0, 1]",
 }  # fmt: skip
+FLAGS = ("nesterov", "lr_in_momentum", "trust_clip", "decay_zero_norm", "adapt", "maximize")
+CHOICES = {"denominator": "one of ['sum', 'decayed', 'gradient']"}
 ENTRIES = {
     "LARS: ": lambda world, o: LARS(world.params, **o),
     "LARS: param_groups[1]: ": lambda world, o: world.optimizer.add_param_group(

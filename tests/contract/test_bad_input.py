@@ -12,7 +12,9 @@ from lars_fused import LARS
 from tests import refusals
 from tests.contract import bad_arguments
 from tests.contract.bad_input import (
+    CHOICES,
     ENTRIES,
+    FLAGS,
     NUMBERS,
     World,
     a_group_option,
@@ -102,14 +104,13 @@ def test_every_refusal_of_the_package_has_its_text_here(tier):
 
 
 NO_NUMBERS = ("0.1", None, True, [0.1], 1j)
-FLAGS = ("nesterov", "lr_in_momentum", "trust_clip", "decay_zero_norm", "adapt", "maximize")
 
 
 def out_of_range():
     for name in NUMBERS:
         yield from ((name, value) for value in (-0.1, -1e-9, math.nan, math.inf, -math.inf))
     yield from (("momentum", 1.5), ("dampening", 1.5))
-    yield from (("denominator", "other"), ("denominator", None))
+    yield from ((name, value) for name in CHOICES for value in ("other", None))
 
 
 def of_another_kind():
@@ -123,7 +124,7 @@ def of_another_kind():
 def test_every_value_out_of_range_at_every_entry(where, name, value, tier):
     only_once(tier)
     text = refusals.text_of(refused(calling(lambda w: ENTRIES[where](w, {name: value})), World()))
-    allowed = NUMBERS.get(name, "one of ['sum', 'decayed', 'gradient']")
+    allowed = {**NUMBERS, **CHOICES}[name]
     assert text == f"ValueError: {where}{name}={value!r} is not allowed; must be {allowed}"
 
 
