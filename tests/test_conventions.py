@@ -3,6 +3,8 @@ import inspect
 import io
 import json
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,6 +42,16 @@ def one_step(name, *, w, g, lr, weight_decay, steps=1, **options):
 @pytest.mark.parametrize("name", conventions.__all__)
 def test_states_what_its_source_fixes_and_nothing_of_the_callers(name):
     assert set(convention(name)) == FIXED
+
+
+@pytest.mark.parametrize("name", conventions.__all__)
+def test_documents_its_equations_and_what_it_does_not_reproduce(name):
+    text = Path(conventions.__file__).read_text(encoding="utf-8")
+    documented = re.search(rf'^{name}: dict\[str, Any\]\n"""(.*?)"""', text, re.M | re.S)
+    assert documented, f"conventions.{name} has no docstring"
+    words = " ".join(documented[1].split())
+    assert "q = " in words or "The equations are those of" in words
+    assert "emaining differences" in words
 
 
 @pytest.mark.parametrize("name", conventions.__all__)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lars_fused import LARS, convert_state_dict
+from lars_fused.checkpoints import convert
 from tests.conformance import originals
 
 pytestmark = pytest.mark.cpu
@@ -120,6 +121,11 @@ def continued(state, weights, source_groups, groups, steps):
             p.grad = g
         lars.step()
     return ps
+
+
+def test_every_source_has_a_case():
+    missing = set(convert._SOURCES) - {source for source, *_ in CASES}
+    assert not missing, f"add a case of {missing}"
 
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)

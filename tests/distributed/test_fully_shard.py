@@ -10,8 +10,6 @@ from tests.distributed.ranks import raised, same_bits
 
 pytestmark = pytest.mark.cpu
 
-CONVENTIONS = ["PAPER", "APEX_LARC", "TORCHLARS", "TIMM", "MAE", "SIMCLR"]
-
 
 def fsdp(rank, size, backend, names, steps, replicas=1):
     """Every convention, sharded and not."""
@@ -65,7 +63,7 @@ def fsdp(rank, size, backend, names, steps, replicas=1):
 
 @pytest.mark.row(51)
 def test_fully_sharded_equals_unsharded(ranks, backend):
-    ranks.run(fsdp, backend, CONVENTIONS, 5)
+    ranks.run(fsdp, backend, conventions.__all__, 5)
 
 
 @pytest.mark.slow
