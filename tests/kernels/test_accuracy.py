@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lars_fused import conventions
+from lars_fused._engine import validate
 from tests import internals, oracle
 from tests.cases import OPTIONS, TERMS, Spec, odd_layouts, regimes, small_row
 from tests.conftest import INTERPRETED
@@ -59,20 +60,33 @@ def test_every_regime(row, launches, backend, device):
     trial.check()
 
 
+# Weights, gradients, momentum, and whether the weights are fp32 masters.
+COMBINATIONS = [
+    (F16, F16, F32, False),
+    (BF16, BF16, F32, False),
+    (F32, BF16, F32, False),
+    (BF16, F32, F32, False),
+    (F32, F16, BF16, False),
+    (BF16, BF16, BF16, False),
+    (F16, F16, F16, False),
+    (BF16, BF16, F32, True),
+    (F16, F32, BF16, True),
+]
+
+
+def test_every_dtype_of_the_kernels_has_a_combination_and_its_magnitudes():
+    for place in range(3):
+        missing = {*validate.STORAGE_DTYPES} - {combination[place] for combination in COMBINATIONS}
+        assert not missing, f"add {missing} to COMBINATIONS as the {('w', 'g', 'v')[place]}"
+    mastered = {combination[0] for combination in COMBINATIONS if combination[3]}
+    missing = {*validate.LOW_PRECISION} - mastered
+    assert not missing, f"add a combination of {missing} with masters"
+    missing = {*validate.STORAGE_DTYPES} - {*MAGNITUDES}
+    assert not missing, f"add both ends of the range of {missing} to MAGNITUDES"
+
+
 @pytest.mark.parametrize(
-    ("w", "g", "v", "master"),
-    [
-        (F16, F16, F32, False),
-        (BF16, BF16, F32, False),
-        (F32, BF16, F32, False),
-        (BF16, F32, F32, False),
-        (F32, F16, BF16, False),
-        (BF16, BF16, BF16, False),
-        (F16, F16, F16, False),
-        (BF16, BF16, F32, True),
-        (F16, F32, BF16, True),
-    ],
-    ids=lambda x: str(x).removeprefix("torch."),
+    ("w", "g", "v", "master"), COMBINATIONS, ids=lambda x: str(x).removeprefix("torch.")
 )
 def test_every_dtype_combination(row, launches, backend, device, w, g, v, master):
     specs = a_few(row)
