@@ -87,6 +87,23 @@ def test_the_files_of_a_dtype():
     assert knowing(r"\bbfloat16\b") - MENTIONS == listed("A storage dtype")
 
 
+def test_every_kernel_is_launched_in_one_module_compiled_in_a_table_and_explained():
+    kernels = {
+        path.stem
+        for path in (ROOT / "kernels").glob("*.py")
+        if re.search(rf"^def {path.stem}\(", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert len(kernels) > 2
+    for file, mention in (
+        ("lars_fused/_engine/launch.py", r"\b{}\b"),
+        ("bench/codegen.py", r'_spec\("{}"'),
+        ("kernels/README.md", r"`{}\.py`"),
+    ):
+        text = (ROOT / file).read_text(encoding="utf-8")
+        missing = [name for name in kernels if not re.search(mention.format(name), text)]
+        assert not missing, f"add {missing} to {file}"
+
+
 def test_the_walk_enters_five_files_each_once():
     walk = PAGE.split("```")[1]
     files = re.findall(r"^ \d  (lars_fused/[\w/]+\.py)", walk, re.MULTILINE)
