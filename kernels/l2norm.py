@@ -34,8 +34,8 @@ _GROUP_WORDS = tl.constexpr(layout.GROUP_WORDS)
 )  # fmt: skip
 def l2norm(
     items,  # int64: NORM items
-    tensors,  # int64 [n_tensors, 8]
-    groups,  # float64 [n_groups, 8]
+    tensors,  # int64 [n_tensors, TENSOR_WORDS]
+    groups,  # float64 [n_groups, GROUP_WORDS]
     arrivals,  # int32 [n_tensors], zero between launches
     partials,  # float64 [n_slots, 3]
     sums,  # float64 [n_tensors, 3]: w², (s·g)², d²

@@ -73,8 +73,8 @@ _GROUP_WORDS = tl.constexpr(layout.GROUP_WORDS)
 )  # fmt: skip
 def lars_step(
     items,  # int64 [n_items]: the work, in ticket order
-    tensors,  # int64 [n_tensors, 8]: addresses and sizes
-    groups,  # float64 [n_groups, 8]: hyper-parameters
+    tensors,  # int64 [n_tensors, TENSOR_WORDS]: addresses and sizes
+    groups,  # float64 [n_groups, GROUP_WORDS]: hyper-parameters
     counter,  # int64 [1]: (epoch << 32) | next ticket
     watch,  # int64 [2]: whether every launch began at ticket 0
     arrivals,  # int32 [n_tensors]: chunks of the tensor summed so far, zero between launches

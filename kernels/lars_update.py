@@ -48,8 +48,8 @@ _GROUP_WORDS = tl.constexpr(layout.GROUP_WORDS)
 )  # fmt: skip
 def lars_update(
     items,  # int64: UPDATE items, drawn in order
-    tensors,  # int64 [n_tensors, 8]
-    groups,  # float64 [n_groups, 8]
+    tensors,  # int64 [n_tensors, TENSOR_WORDS]
+    groups,  # float64 [n_groups, GROUP_WORDS]
     counter,  # int64 [1]: (epoch << 32) | programs started
     watch,  # int64 [2]: whether every launch began at ticket 0
     sums,  # float64 [n_tensors, 3]

@@ -4,12 +4,13 @@ The host writes these tables (`lars_fused/_engine/launch_tables.py`), jit code r
 may use constexpr globals alone, so each file of kernels wraps the names that it needs:
 `_DECAY = tl.constexpr(layout.DECAY)`.
 
-    items     int64 [n]         kind | tensor << 2 | group << 24 | chunk << 40
-    tensors   int64 [n, 8]      one row a tensor: addresses in bytes (0: there is none) and sizes
-    groups    float64 [n, 8]    one row a parameter group: its hyper-parameters
-    counter   int64 [1]         epoch << 32 | next ticket
-    watch     int64 [2]         last epoch whose first ticket was drawn; epoch that lost work, or 0
-    flags     int64 [n]         epoch << 48 | the trust ratio's top 48 bits, once published
+    items     int64 [n]                 kind | tensor << 2 | group << 24 | chunk << 40
+    tensors   int64 [n, TENSOR_WORDS]   a tensor: addresses in bytes (0: there is none) and sizes
+    groups    float64 [n, GROUP_WORDS]  a parameter group: its hyper-parameters
+    counter   int64 [1]                 epoch << 32 | next ticket
+    watch     int64 [2]                 last epoch whose first ticket was drawn; the one that lost
+                                        work, or 0
+    flags     int64 [n]                 epoch << 48 | the trust ratio's top 48 bits, once published
 """
 
 # A tensor's row.
