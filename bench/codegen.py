@@ -30,7 +30,7 @@ from triton.compiler import ASTSource
 
 from bench.assembly import atomics, poll_forms, resident, widths
 from bench.environment import commit
-from lars_fused._engine.launch import Dtypes, constants
+from lars_fused._engine.launch import Dtypes, constants, is_mixed
 from lars_fused.kernels.tuning import compile_options, row_for
 
 RESULTS = Path(__file__).parent / "results" / "codegen"
@@ -168,7 +168,7 @@ def _spec(kernel: str, dtypes: Dtypes, row: Any, note: str = "") -> Spec:
         re.sub(r"float(?=\d)", "fp", case.replace("bfloat", "bf")) + note,
         tuple((name, SIGNATURE.get(name, "constexpr")) for name in names),
         tuple(values.items()),
-        tuple(compile_options(kernel, row).items()),
+        tuple(compile_options(kernel, row, is_mixed(dtypes)).items()),
     )
 
 

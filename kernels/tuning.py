@@ -40,6 +40,8 @@ class Row(NamedTuple):
     step_registers: int | None
     """Registers a thread that the compiler may take in `lars_step`. On sm_80 and sm_90, with more
     (128 fit) ptxas hoists until it spills a register or two (compiled)."""
+    mixed_registers: int | None
+    """Likewise where a tensor is not fp32: with 104, fp32 beside fp16 gradients spills on sm_90."""
     update_registers: int | None
     """Likewise in `lars_update`. `l2norm` is left alone."""
     record: str
@@ -57,40 +59,46 @@ ROWS = {
     "sm": Row(
         chunk=4096, block=2048, threads=128, lanes=128, num_warps=4, programs=4,
         order="ahead", lag=1.0, window=None, hold="evict_last", evict="evict_first",
-        poll_atomic=False, backoff=200, launches=1, step_registers=104, update_registers=64,
+        poll_atomic=False, backoff=200, launches=1, step_registers=104, mixed_registers=102,
+        update_registers=64,
         record=_MEASURED,
     ),
     # ptxas for sm_100 spills with blocks of 2,048 at every cap that four programs leave room for.
-    # With blocks of 1,024 and a cap of 112 no case does, under triton 3.6.0 or 3.7.1 (compiled).
+    # With blocks of 1,024 and a cap of 112 no case does under triton 3.7.1, one under 3.6.0
+    # (compiled).
     "sm_10": Row(
         chunk=4096, block=1024, threads=128, lanes=128, num_warps=4, programs=4,
         order="ahead", lag=1.0, window=None, hold="evict_last", evict="evict_first",
-        poll_atomic=False, backoff=200, launches=1, step_registers=112, update_registers=64,
+        poll_atomic=False, backoff=200, launches=1, step_registers=112, mixed_registers=112,
+        update_registers=64,
         record=_PREDICTED,
     ),
     # Spinning in a loop has known compiler bugs on AMD (README, "Two launches").
     "gfx": Row(
         chunk=4096, block=2048, threads=256, lanes=128, num_warps=4, programs=4,
         order="grouped", lag=1.0, window=None, hold="", evict="",
-        poll_atomic=True, backoff=0, launches=2, step_registers=None, update_registers=None,
+        poll_atomic=True, backoff=0, launches=2, step_registers=None, mixed_registers=None,
+        update_registers=None,
         record=_PREDICTED,
     ),
     # The interpreter's cost is per operation: few, large blocks. Three programs: more than one.
     "interpreter": Row(
         chunk=8192, block=4096, threads=1024, lanes=256, num_warps=4, programs=3,
         order="ahead", lag=1.0, window=1_000_000, hold="", evict="",
-        poll_atomic=False, backoff=0, launches=1, step_registers=None, update_registers=None,
+        poll_atomic=False, backoff=0, launches=1, step_registers=None, mixed_registers=None,
+        update_registers=None,
         record="test time on a CPU",
     ),
 }  # fmt: skip
 
 
-def compile_options(kernel: str, row: Row) -> dict[str, int]:
-    """Triton's compile options for a kernel."""
+def compile_options(kernel: str, row: Row, mixed: bool) -> dict[str, int]:
+    """Triton's compile options for a kernel; `mixed`: not every tensor is fp32."""
     # Without contraction: whether a product and a sum become one rounding would be the compiler's
     # choice, in each kernel anew, and one launch and two are to round alike.
     options = {"num_warps": row.num_warps, "enable_fp_fusion": False}
-    cap = {"lars_step": row.step_registers, "lars_update": row.update_registers}.get(kernel)
+    step = row.mixed_registers if mixed else row.step_registers
+    cap = {"lars_step": step, "lars_update": row.update_registers}.get(kernel)
     if cap is not None:
         options["maxnreg"] = cap
     return options

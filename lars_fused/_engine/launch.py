@@ -94,6 +94,11 @@ def alignments(dtypes: Dtypes) -> dict[str, int]:
     }
 
 
+def is_mixed(dtypes: Dtypes) -> bool:
+    """Whether not every tensor is fp32: such kernels get another cap of registers."""
+    return any(dtype not in (None, torch.float32) for dtype in dtypes)
+
+
 def constants(dtypes: Dtypes, row: Any, kernel: str, emulate_bf16: bool) -> dict[str, Any]:
     """The compile-time arguments of a kernel, in the order of its signature."""
     import triton.language as tl
@@ -135,7 +140,7 @@ def run(
             compiled[(grid, 1, 1)](*args, *values)
         else:
             consts = constants(dtypes, row, name, False)
-            options = kernels().tuning.compile_options(name, row)
+            options = kernels().tuning.compile_options(name, row, is_mixed(dtypes))
             compiled = kernel[(grid,)](*args, **consts, **options)
             _COMPILED[key] = compiled, tuple(consts.values())
 
