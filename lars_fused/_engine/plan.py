@@ -14,9 +14,9 @@ norms of its tensor, in the hands of other programs, are done and its ratio is p
 
 ``ahead``: the norms of all tensors in one stream, in the order of the list, which is mostly that of
 memory. A tensor's updates are put into it all at once, ``lag`` items after its last norm: always
-that far ahead and no further. A chunk waits in cache while at most its own tensor and the lag are
-read; what was updated meanwhile takes up cache too unless the cache drops it first
-(``evict_first``).
+that far ahead and no further, but at the end, where the last lag of norms goes in at once. A chunk
+waits in cache while at most its own tensor and the lag are read; what was updated meanwhile takes
+up cache too unless the cache drops it first (``evict_first``).
 
 ``grouped``: norms of A, S1, S2, ...; updates of A, S1, S2, ...; next group. The norms of the
 smaller S fill the time that A's updates would wait, A's updates do the same for S. A group of T

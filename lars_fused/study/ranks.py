@@ -105,8 +105,7 @@ class RunningStatistics:
             shrunk = keep ** int(count)
             merged = shrunk * merged + (theirs - shrunk * self.start)
         sizes = [buffer.numel() for buffer in self.buffers]
-        parts = merged.split(sizes)  # type: ignore[no-untyped-call]
-        for buffer, part in zip(self.buffers, parts, strict=True):
+        for buffer, part in zip(self.buffers, torch.split(merged, sizes), strict=True):
             buffer.copy_(part.view_as(buffer))
         others = sum(int(count) for count in counts) - pieces
         for tracked in self.counts:

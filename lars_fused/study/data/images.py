@@ -124,8 +124,9 @@ def in_unit_range(data: Data) -> Data:
     Bytes are divided by 255, other pixels by the largest of the training images.
     """
     pixels = data.train.images.pixels
-    measured = isinstance(pixels, Tensor) and pixels.dtype != torch.uint8
-    largest = float(pixels[data.train.images.index].max()) if measured else 255.0  # type: ignore[index]
+    largest = 255.0
+    if isinstance(pixels, Tensor) and pixels.dtype != torch.uint8:
+        largest = float(pixels[data.train.images.index].max())
     zero = torch.zeros_like(data.train.images.mean)
     parts = [
         Split(replace(s.images, mean=zero, std=zero + largest), s.labels)

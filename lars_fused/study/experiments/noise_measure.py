@@ -82,7 +82,8 @@ def exact(model: nn.Module, images: Tensor, labels: Tensor, loss: Loss = F.cross
     each = vmap(grad(one), in_dims=(None, 0, 0))
     total = {name: torch.zeros_like(w) for name, w in weights.items()}
     squares = 0.0
-    for some, answers in zip(images.split(AT_ONCE), labels.split(AT_ONCE), strict=True):  # type: ignore[no-untyped-call]
+    at_once = (torch.split(every, AT_ONCE) for every in (images, labels))
+    for some, answers in zip(*at_once, strict=True):
         wide = answers.double() if answers.is_floating_point() else answers
         for name, gradients in each(weights, some.double(), wide).items():
             total[name] += gradients.sum(0)
@@ -133,7 +134,7 @@ def estimated(
             chosen = torch.randint(len(images), (pieces, small), generator=generator)
             model.zero_grad()
             for part in chosen:
-                (loss(model(images[part]), labels[part]) / pieces).backward()  # type: ignore[no-untyped-call]
+                torch.autograd.backward(loss(model(images[part]), labels[part]) / pieces)
                 noise.micro_batch(parameters)
             noise.update()
         traces.append(noise.covariance_trace)

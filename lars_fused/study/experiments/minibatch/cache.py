@@ -120,7 +120,7 @@ class GradientCache:
             self.damaged += 1
             return None
         flat = torch.from_numpy(np.frombuffer(body, np.float32).copy())
-        parts = flat.split([shape.numel() for shape in self.shapes])  # type: ignore[no-untyped-call]
+        parts = torch.split(flat, [shape.numel() for shape in self.shapes])
         return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
     def clear(self) -> None:

@@ -69,6 +69,7 @@ def edges(images: npt.NDArray[Any]) -> Scores:
 
     grey = images.mean(3)
     sigma = min(1.0, grey.shape[1] / 32)
+    # scikit-image has no types.
     marked = [canny(one, sigma=sigma, mode="nearest") for one in grey]  # type: ignore[no-untyped-call]
     return np.array([one.sum() for one in marked], np.float64)
 
@@ -82,7 +83,7 @@ PIXEL_METRICS: dict[str, Callable[[npt.NDArray[Any]], Scores]] = {
 
 def scores(metric: str, images: Images, network: nn.Module | None = None) -> Scores:
     """The metric of every image; `network` is for "perceptual" alone."""
-    every = torch.arange(len(images)).split(AT_ONCE)  # type: ignore[no-untyped-call]
+    every = torch.split(torch.arange(len(images)), AT_ONCE)
     if metric == "perceptual":
         assert network is not None, "perceptual distance needs a network"
         return perceptual.distances(network, images, every)

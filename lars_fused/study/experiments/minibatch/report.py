@@ -112,8 +112,9 @@ def _distance_files(found: dict[str, Distances], out: Path) -> None:
 def _compared(plan: Plan, out: Path, parts: list[str], summary: dict[str, Any]) -> list[str]:
     """What Algorithm 1 found; the names of its files."""
     results = {metric: work.found(plan, metric, out) for metric in plan.metrics}
-    found = {m: held[1] for m, held in results.items() if held is not None and held[1].rates}
-    stopped = [m for m, held in results.items() if held is not None and held[0].history.diverged]
+    known = {m: held for m, held in results.items() if held is not None}
+    found = {m: distances for m, (_, distances) in known.items() if distances.rates}
+    stopped = [m for m, (result, _) in known.items() if result.history.diverged]
     if stopped:
         parts.append(f"The loss was not finite, and the run ended, in order of {stopped}.")
     if not found:
@@ -142,7 +143,7 @@ def _compared(plan: Plan, out: Path, parts: list[str], summary: dict[str, Any]) 
             "full_gradient_norm": d.full.square().sum(1).sqrt().tolist(),
             "quarters": findings.quarters(d),
             "extremes_over_middle": findings.extremes(d),
-            "accuracy": results[m][0].accuracy,  # type: ignore[index]
+            "accuracy": known[m][0].accuracy,
         }
         for m, d in found.items()
     }

@@ -122,5 +122,6 @@ def arms(plan: Plan, out: Path) -> dict[str, list[Result]]:
     rows = [
         [runs.find(out, plan.arm(arm, seed)) for arm in ARMS] for seed in range(plan.prune_seeds)
     ]
-    whole = [row for row in rows if all(result is not None for result in row)]
-    return {arm: [row[i] for row in whole if row[i]] for i, arm in enumerate(ARMS)}  # type: ignore[misc]
+    present = [[result for result in row if result is not None] for row in rows]
+    whole = [row for row in present if len(row) == len(ARMS)]
+    return {arm: [row[i] for row in whole] for i, arm in enumerate(ARMS)}

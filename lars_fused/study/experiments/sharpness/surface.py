@@ -42,7 +42,7 @@ class Surface:
     def place(self, x: Vector) -> None:
         """Set the network's parameters."""
         sizes = [p.numel() for p in self.parameters]
-        parts = torch.from_numpy(np.asarray(x)).split(sizes)  # type: ignore[no-untyped-call]
+        parts = torch.split(torch.from_numpy(np.asarray(x)), sizes)
         with torch.no_grad():
             for parameter, part in zip(self.parameters, parts, strict=True):
                 parameter.copy_(part.view_as(parameter))
@@ -82,10 +82,11 @@ def coefficients(path: str, alpha: float) -> tuple[float, float]:
 
 def between(small: Weights, large: Weights, path: str, alpha: float) -> dict[str, Tensor]:
     """The weights at α; buffers, which no average describes, are those of the nearer end."""
-    s, l = coefficients(path, alpha)  # noqa: E741
+    of_small, of_large = coefficients(path, alpha)
     nearer = small if alpha < 0.5 else large
     return {
-        name: s * w + l * large[name] if w.is_floating_point() and "running" not in name
+        name: of_small * w + of_large * large[name]
+        if w.is_floating_point() and "running" not in name
         else nearer[name].clone()
         for name, w in small.items()
     }  # fmt: skip
