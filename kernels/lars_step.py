@@ -166,6 +166,7 @@ def lars_step(
                 ratio = as_published(trust_ratio(w2, norm2, loaded, switches, lr))
                 if kind == _NORM:
                     publish(flags + tensor, epoch, ratio)
+                if chunks > 1:
                     tl.store(arrivals + tensor, 0)
                 rest2 = tl.where(decayed, g2, d2)
                 if chunks > 1:

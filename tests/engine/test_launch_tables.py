@@ -168,9 +168,6 @@ def test_layer_stats_are_the_float64_truth(monkeypatch, backend, device, launche
     names = list(OPTIONS)
     numels = [row.chunk + 3 if i % 2 else 7 for i in range(len(names))]
     params = [torch.nn.Parameter(torch.randn(n, device=device)) for n in numels]
-    for p in params:
-        p.grad = torch.randn_like(p)
-    params[3].grad = None
     groups = [
         {"params": [(name, p)], **TERMS, **OPTIONS[name]}
         for name, p in zip(names, params, strict=True)
@@ -178,19 +175,23 @@ def test_layer_stats_are_the_float64_truth(monkeypatch, backend, device, launche
     with internals.forced_launches(launches):
         optimizer = LARS(groups, backend=backend)
         assert optimizer.layer_stats() == {}
-        expected = {}
-        for name, p in zip(names, params, strict=True):
-            if p.grad is None:
-                continue
-            o = Options(**{**TERMS, **OPTIONS[name]})
-            sums = reference.square_sums(p.detach().double(), p.grad.double(), o)
-            ratio = reference.trust_ratios(sums[None], [o])[0].item()
-            expected[name] = (*sums.sqrt().tolist(), ratio, o.lr * ratio)
-        optimizer.step()
-    stats = optimizer.layer_stats()
-    assert list(stats) == list(expected)
-    for name, row_of in expected.items():
-        assert stats[name] == pytest.approx(row_of, rel=1e-6), name
+        for scale in (1, 3):  # what the second step leaves is not what the first one left
+            for p in params:
+                p.grad = scale * torch.randn_like(p)
+            params[3].grad = None
+            expected = {}
+            for name, p in zip(names, params, strict=True):
+                if p.grad is None:
+                    continue
+                o = Options(**{**TERMS, **OPTIONS[name]})
+                sums = reference.square_sums(p.detach().double(), p.grad.double(), o)
+                ratio = reference.trust_ratios(sums[None], [o])[0].item()
+                expected[name] = (*sums.sqrt().tolist(), ratio, o.lr * ratio)
+            optimizer.step()
+            stats = optimizer.layer_stats()
+            assert list(stats) == list(expected)
+            for name, row_of in expected.items():
+                assert stats[name] == pytest.approx(row_of, rel=1e-6), name
 
 
 @marked(*everywhere)
