@@ -47,7 +47,7 @@ class Timing:
     update_end: int = 60  # walk: last stores -> next item
     norm_block: int = 165  # counted: a warp, 2,048 elements
     update_block: int = 265  # counted
-    tail_turns: int = 4  # turns of a tail whose loads are in flight together
+    tail_turns: int = 8  # turns of a tail whose loads are in flight together
     next_item: int = 0  # walk: exposed latency of the next item's word
 
 

@@ -12,7 +12,7 @@ UNIT_UP = tl.constexpr(2.0**100)
 UNIT_DOWN = tl.constexpr(2.0**-100)
 
 # Turns of all threads through a tail, element by element, whose loads are in flight together.
-TAIL_TURNS = tl.constexpr(4)
+TAIL_TURNS = tl.constexpr(8)
 
 
 @triton.jit

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 import pytest
 import triton
 
-from bench import assembly, codegen, walk
+from bench import assembly, codegen, launch_model, walk
 from bench.assembly import control_flow
 from bench.codegen import RESULTS, TARGETS, Build, Row, Spec, build, measure
+from lars_fused.kernels.memory import TAIL_TURNS
 from lars_fused.kernels.tuning import row_for
 
 pytestmark = pytest.mark.codegen
@@ -321,12 +322,14 @@ def test_latencies_along_the_machine_code(target: str) -> None:
 
 
 @pytest.mark.parametrize("target", NVIDIA)
-def test_a_tail_loads_four_turns_before_it_stores(target: str) -> None:
+def test_a_tail_loads_its_turns_before_it_stores(target: str) -> None:
     blocks = [b.lines for b in control_flow(build(specialisation(target), target).machine)]
     store = r"STG\.E (?:desc|\[)"
     found = [(positions(b, walk.TAIL), positions(b, store)) for b in blocks]
     ((loads, stores),) = [(loads, stores) for loads, stores in found if loads and stores]
-    assert (len(loads), len(stores)) == (4 * 3, 4 * 2)  # w, g and v; w and v
+    turns = TAIL_TURNS.value
+    assert turns == launch_model.NOW.tail_turns
+    assert (len(loads), len(stores)) == (turns * 3, turns * 2)  # w, g and v; w and v
     assert max(loads) < min(stores)
 
 
