@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from lars_fused import LARS
+from lars_fused._engine import validate
+from lars_fused.options import MOMENTUM_DTYPES
 from tests.cases import leave_to_the_interpreter
 from tests.oracle import Truth, assert_true
 from tests.tools import (
@@ -309,9 +311,13 @@ def test_mixed_dtypes_equal_separate_optimizers(any_backend, device):
         assert same_bits(copies(ps), copies(qs))
 
 
+def test_every_dtype_of_parameters_is_tried():
+    assert {*DTYPES} == {*validate.PARAMETER_DTYPES}, "tests/tools.py: DTYPES"
+
+
 @pytest.mark.row(23)
 @pytest.mark.interpret
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", MOMENTUM_DTYPES)
 def test_momentum_dtype_is_what_was_asked_for(dtype, any_backend, device, tier):
     leave_to_the_interpreter(tier, torch.bfloat16, torch.bfloat16, dtype)
     params = make_params([(3, 2), (4,)], torch.bfloat16, device)

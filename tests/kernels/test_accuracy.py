@@ -157,10 +157,10 @@ def test_zero_norms(row, backend, device):
 
 @pytest.mark.parametrize("count", [84, pytest.param(5000, marks=pytest.mark.slow)])
 def test_many_tiny_tensors(row, backend, device, count):
-    """84 have every mix of size and alignment. 5,000 of them are slow in the interpreter; their
-    plan and tables are tested at full length in engine/test_launch_tables.py.
+    """84 have every mix of size and alignment. The plan and tables of 5,000 are tested at full
+    length in engine/test_launch_tables.py, 10,000 in torch operations in contract/test_memory.py.
     """
-    count = 5000 if backend == "torch" or device == "cuda" else count
+    count = 5000 if device == "cuda" else count
     specs = [Spec(f"tensor {i}", (1 + i % 7, 2), i % 4, i % 3) for i in range(count)]
     trial = Trial(
         specs, backend, device, groups=[{}, OPTIONS["not adapted"]], group_of=lambda i: i % 2

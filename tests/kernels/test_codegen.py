@@ -16,6 +16,7 @@ import triton
 from bench import assembly, codegen, walk
 from bench.assembly import control_flow
 from bench.codegen import RESULTS, TARGETS, Build, Row, Spec, build, measure
+from lars_fused._engine import validate
 from lars_fused.kernels.tuning import row_for
 
 pytestmark = pytest.mark.codegen
@@ -139,6 +140,12 @@ def assert_in_budget(row: Row) -> None:
 
 def test_as_many_programs_fit_a_multiprocessor_as_tuning_launches(row: Row) -> None:
     assert row.resident >= row_for(row.target).programs
+
+
+def test_every_dtype_of_the_kernels_is_compiled() -> None:
+    for operand, dtypes in zip(("w", "g", "v"), zip(*codegen.CASES, strict=True), strict=False):
+        missing = {*validate.STORAGE_DTYPES} - {*dtypes}
+        assert not missing, f"add {missing} to CASES of bench/codegen.py as the {operand}"
 
 
 @pytest.mark.parametrize("target", TARGETS)
