@@ -122,8 +122,10 @@ def test_masters_and_plain_parameters_step_together(backend, device):
         assert torch.equal(p, q)
 
 
+@pytest.mark.interpret
 @pytest.mark.parametrize("dtype", LOW, ids=str)
-def test_fp32_parameters_take_low_precision_gradients(dtype, backend, device):
+def test_fp32_parameters_take_low_precision_gradients(dtype, backend, device, tier):
+    leave_to_the_interpreter(tier, torch.float32, dtype, torch.float32)
     params, wide = (parameters(torch.float32, device) for _ in range(2))
     low = LARS(params, **OPTIONS, backend=backend)
     full = LARS(wide, **OPTIONS, backend=backend)
