@@ -38,7 +38,7 @@ test: $(ready) $(floor_ready) ## lint, types and tests; TIER=lint|cpu|interpret|
 	$(run) ci/test.py $(TIER) $(if $(floor),--floor $(floor)) $(if $(ARGS),-- $(ARGS))
 
 fuzz: $(ready) ## the slow tests, and the property-based ones with many more examples
-	HYPOTHESIS_PROFILE=fuzz $(run) ci/test.py cpu interpret --slow $(if $(ARGS),-- $(ARGS))
+	HYPOTHESIS_PROFILE=fuzz $(run) ci/test.py cpu interpret codegen --slow $(if $(ARGS),-- $(ARGS))
 
 bench: $(ready) ## run the benchmarks; ARGS="..." is passed on
 	$(run) -m bench $(ARGS)

@@ -48,6 +48,31 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+# Weights, gradients, momentum, and whether the weights are fp32 masters.
+COMBINATIONS = [
+    (torch.float16, torch.float16, torch.float32, False),
+    (torch.bfloat16, torch.bfloat16, torch.float32, False),
+    (torch.float32, torch.bfloat16, torch.float32, False),
+    (torch.bfloat16, torch.float32, torch.float32, False),
+    (torch.float32, torch.float16, torch.bfloat16, False),
+    (torch.bfloat16, torch.bfloat16, torch.bfloat16, False),
+    (torch.float16, torch.float16, torch.float16, False),
+    (torch.bfloat16, torch.bfloat16, torch.float32, True),
+    (torch.float16, torch.float32, torch.bfloat16, True),
+]
+
+
+def leave_to_the_interpreter(tier: str, w: torch.dtype, g: torch.dtype, v: torch.dtype) -> None:
+    """In the tier `ptx`, skip dtypes that would be three seconds of compiling for one test alone.
+
+    The operands are widened and narrowed one by one: `COMBINATIONS` has each of them in each dtype.
+    """
+    narrow = {torch.float16, torch.bfloat16}
+    mixed = {w, g, v} & narrow and {w, g, v} <= {torch.float32, *narrow}
+    if tier == "ptx" and mixed and (w, g, v, False) not in COMBINATIONS:
+        pytest.skip("for time: a build of its own; the interpreter has this combination")
+
+
 @dataclass(frozen=True)
 class Spec:
     """One tensor. Offsets: elements past a 64-byte boundary. `order`: dimensions from the slowest

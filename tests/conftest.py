@@ -7,9 +7,12 @@ markers and takes the fixtures `backend` and `device`.
 
 import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
+
+from tests import tools
 
 try:
     from hypothesis import settings
@@ -22,6 +25,7 @@ else:
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 TIERS = {"cpu", "interpret", "codegen", "ptx", "gpu"}
+LISTS = {name: {mark.name for mark in getattr(tools, name)} for name in ("BOTH", "COMPILED")}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 torch.set_num_threads(1)
@@ -38,6 +42,20 @@ def running_tier(config: pytest.Config) -> str:
         return "interpret"
     chosen = re.search(r"(?<!not )\b(gpu|ptx)\b", config.getoption("markexpr"))
     return chosen[1] if chosen else "cpu"
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out files without a test of the tier: importing all of them takes ten seconds.
+
+    Such a file has neither the marker nor a list of `tools.py` that holds it. In the tier `cpu`, as
+    without `-m`, every file is collected, so that a test without a tier is found there.
+    """
+    tier = re.match(r"\w+", config.getoption("markexpr"))
+    if tier is None or tier[0] not in {*TIERS, "floor"} - {"cpu"} or collection_path.is_dir():
+        return None
+    words = [f"pytest.mark.{tier[0]}", *(n for n, marks in LISTS.items() if tier[0] in marks)]
+    text = collection_path.read_text(encoding="utf-8")
+    return None if any(re.search(rf"\b{word}\b", text) for word in words) else True
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

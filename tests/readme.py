@@ -95,9 +95,10 @@ def marked_tests() -> Iterator[tuple[int, str, str]]:
 
 def rows() -> str:
     lines = ["| row | use or misuse | tests |", "|---|---|---|"]
+    marked = list(marked_tests())
     for row, what in ROWS.items():
         files: dict[str, list[str]] = {}
-        for number, file, name in marked_tests():
+        for number, file, name in marked:
             if number == row:
                 files.setdefault(file, []).append(f"`{name.removeprefix('test_')}`")
         tests = "; ".join(

@@ -9,9 +9,9 @@ from torch import nn
 
 from lars_fused import LARS, param_groups
 from lars_fused.monitor import Monitor
-from tests.tools import BOTH
 
-pytestmark = BOTH
+# The kernels give a Monitor its numbers; what it makes of them on the host needs no kernel.
+pytestmark = [pytest.mark.cpu, pytest.mark.gpu]
 
 
 class Writer:
@@ -42,6 +42,7 @@ def train(model, optimizer, steps, begin=0):
     return found
 
 
+@pytest.mark.interpret
 def test_records_are_the_layer_stats_of_their_steps(backend, device):
     model = network(device)
     optimizer = optimizer_of(model, backend)
@@ -84,6 +85,7 @@ def test_a_real_summary_writer_takes_it(backend, device, tmp_path):
     assert [event.step for event in rates] == [1, 2]
 
 
+@pytest.mark.interpret
 def test_nothing_comes_to_the_host_before_it_is_asked_for(backend, device, monkeypatch):
     model = network(device)
     optimizer = optimizer_of(model, backend)
@@ -110,6 +112,7 @@ def test_nothing_comes_to_the_host_before_it_is_asked_for(backend, device, monke
     assert [step for step, _ in monitor.history] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.interpret
 def test_later_steps_do_not_change_what_was_set_aside(backend, device):
     model = network(device)
     optimizer = optimizer_of(model, backend)

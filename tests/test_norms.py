@@ -11,7 +11,6 @@ from tests.cases import Memory, bits, odd_layouts, regimes, small_row
 
 pytestmark = [
     pytest.mark.cpu,
-    pytest.mark.interpret,
     pytest.mark.ptx,
     pytest.mark.gpu,
     # numpy, under the interpreter, where a square or a product is to overflow
@@ -53,6 +52,7 @@ def test_every_regime(row, backend, device, dtype):
     assert bits(tensors) == before
 
 
+@pytest.mark.interpret
 def test_mixed_dtypes_keep_their_places(row, backend, device):
     tensors = [torch.full((3,), float(i + 1), dtype=DTYPES[i % 3], device=device) for i in range(7)]
     norms = multi_tensor_l2norm(tensors, backend=backend)
@@ -60,6 +60,7 @@ def test_mixed_dtypes_keep_their_places(row, backend, device):
     torch.testing.assert_close(norms.cpu(), expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.interpret
 def test_magnitudes_whose_squares_leave_fp32(row, backend, device):
     scales = [1e-42, 1e-30, 1e-15, 1.0, 1e18, 3e37]
     tensors = [torch.randn(row.chunk + 3, device=device) * s for s in scales]
@@ -179,6 +180,7 @@ def test_a_bad_max_norm(backend, device, max_norm):
     assert bits([p.grad for p in params[:3]]) == before
 
 
+@pytest.mark.interpret
 def test_ordinary_chunks_are_summed_once(monkeypatch, tier, device):
     """The second pass, in other units, is for sums beyond fp32's range and for all zeros."""
     if tier != "interpret":
@@ -214,6 +216,7 @@ def test_a_result_is_not_overwritten_by_the_next_call(backend, device):
         torch.testing.assert_close(found.cpu(), truth(tensors), rtol=1e-6, atol=0)
 
 
+@pytest.mark.interpret
 def test_few_tables_are_kept_and_none_of_a_launch_that_failed(monkeypatch, tier, device):
     if tier != "interpret":
         pytest.skip("breaks a launch half-way, which only the interpreter lets a test do")

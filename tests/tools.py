@@ -6,7 +6,9 @@ import torch
 from lars_fused import LARS
 
 BOTH = [pytest.mark.cpu, pytest.mark.interpret, pytest.mark.gpu]
-COMPILED = [*BOTH, pytest.mark.ptx]  # also the PTX, by tests/ptx
+# The kernels as they were compiled. What the interpreter runs of such a file as well carries its
+# marker: a few tests of each subject, and what PTX cannot show (README, "Which tier").
+COMPILED = [pytest.mark.cpu, pytest.mark.ptx, pytest.mark.gpu]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Every term of the equations moves the result by more than the tolerance.
 STRONG = {"lr": 0.5, "momentum": 0.8, "weight_decay": 0.1, "trust_coefficient": 0.05}

@@ -186,6 +186,13 @@ def test_the_plan_covers_the_waits_of_every_model(model):
         assert found.least_cover >= 0.85
 
 
+def test_the_kept_predictions_are_of_every_model():
+    with (RESULTS / "prediction.csv").open(newline="") as file:
+        kept = {row["model"] for row in csv.DictReader(x for x in file if not x.startswith("#"))}
+    missing = {*MODELS} - kept
+    assert not missing, f"run `python -m bench.traffic`, there is nothing of {missing}"
+
+
 def test_quality_by_hand():
     items = [(NORM, 0, 0), (NORM, 0, 1), (NORM, 1, 0), (NORM, 1, 1)]
     items += [(UPDATE, 0, 1), (UPDATE, 0, 0), (UPDATE, 1, 1), (UPDATE, 1, 0)]

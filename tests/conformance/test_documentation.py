@@ -32,7 +32,9 @@ def test_the_call_can_be_made(call):
 
 @pytest.mark.parametrize("name", conventions.__all__)
 def test_the_readme_has_a_row_for_every_convention(name):
-    (row,) = re.findall(rf"^\| [^|]+ \| `{name}`[^|]*\|(.*)\|$", README, re.MULTILINE)
+    rows = re.findall(rf"^\| [^|]+ \| `{name}`[^|]*\|(.*)\|$", README, re.MULTILINE)
+    assert len(rows) == 1, f"one row of the README's table is to have `{name}`"
+    (row,) = rows
     denominator, inside, trust, eps, *_ = (cell.strip() for cell in row.split("|"))
     convention = getattr(conventions, name)
     assert denominator == convention["denominator"]
@@ -44,6 +46,7 @@ def test_the_readme_has_a_row_for_every_convention(name):
 def test_every_convention_and_every_source_of_a_checkpoint_is_in_it():
     assert len(CALLS) > 15
     for name in set(conventions.__all__) - {"PAPER"}:
-        assert f"conventions.{name}" in TEXT
+        assert f"conventions.{name}" in TEXT, f"docs/implementations.md: a call with {name}"
     for source in convert._SOURCES:
-        assert f'`"{source}"`' in TEXT
+        assert f'`"{source}"`' in TEXT, f"docs/implementations.md: the source {source}"
+        assert f'"{source}"' in convert.convert_state_dict.__doc__, f"docstring: {source}"

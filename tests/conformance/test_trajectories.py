@@ -9,8 +9,9 @@ import torch
 from lars_fused import LARS, conventions
 from tests.conformance import originals
 from tests.conformance.trajectory import Run, check
+from tests.tools import COMPILED
 
-pytestmark = [pytest.mark.cpu, pytest.mark.interpret, pytest.mark.ptx, pytest.mark.gpu]
+pytestmark = COMPILED
 
 DECAY = 0.05  # large, so that it moves every result
 
@@ -91,7 +92,8 @@ CASES = {
 def test_every_convention_is_compared_with_an_original():
     for name in conventions.__all__:
         fixed = dict(getattr(conventions, name)).items()
-        assert any(fixed <= dict(case[0]).items() for case in CASES.values()), name
+        compared = any(fixed <= dict(case[0]).items() for case in CASES.values())
+        assert compared, f"add a case of {name}, compared with its class in originals.py"
 
 
 REPEATS = {"apex_larc_without_momentum", "apex_larc_nesterov", "barlow", "dino", "rocm_fused_lars"}
@@ -101,27 +103,17 @@ ROUNDINGS = {"torch": 1, "triton": 20}
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_run_is_that_of_the_original(name, backend, device, tier, monkeypatch):
+def test_a_run_is_that_of_the_original(name, backend, device, tier):
     convention, groups, original, original_groups, options, peak = CASES[name]
     size = {"width": 16, "steps": 50}
-    if tier in ("interpret", "ptx"):  # slow; what follows a step is the same for any number of them
+    if tier == "ptx":  # slow; what follows a step is the same for any number of them
         if name in REPEATS:
             pytest.skip("for time: other cases here have the same options")
         size = {"width": 16, "steps": 10}
-    if tier == "interpret":  # 10 ms a work item: few of them, yet several of one tensor
-        small_chunks(monkeypatch)
-        size["width"] = 6
     run = Run(peak=peak, device=device, **size)
     other = original(original_groups(run), lr=0.0, weight_decay=DECAY, **options)
     ours = LARS(groups(run), 0.0, **{"weight_decay": DECAY, **convention}, backend=backend)
     check(run, ours, other, ROUNDINGS[backend])
-
-
-def small_chunks(monkeypatch):
-    from lars_fused.kernels import tuning
-
-    row = tuning.ROWS["interpreter"]._replace(chunk=256, block=128, threads=64)
-    monkeypatch.setitem(tuning.ROWS, "interpreter", row)
 
 
 @pytest.mark.parametrize("lr", [0.5, 4.0])

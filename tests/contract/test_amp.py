@@ -51,6 +51,7 @@ def scaler_for(device):
     return scaler
 
 
+@pytest.mark.interpret
 @pytest.mark.row(28)
 def test_a_scaler_that_is_skipped_then_dropped(backend, device):
     (skipping, a), (clean, b) = twins(SHAPES, device, backend, **OPTIONS)

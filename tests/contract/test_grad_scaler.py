@@ -8,8 +8,9 @@ import torch
 
 from lars_fused import LARS, lars_step
 from tests import internals
+from tests.tools import COMPILED
 
-pytestmark = [pytest.mark.cpu, pytest.mark.interpret, pytest.mark.ptx, pytest.mark.gpu]
+pytestmark = COMPILED
 
 # The dampening tells a first step from a second one.
 OPTIONS = {"lr": 2.0, "momentum": 0.9, "weight_decay": 0.1, "trust_coefficient": 0.05,
@@ -129,6 +130,7 @@ def test_a_skipped_step_changes_nothing_at_all(flag, backend, device):
         assert set(optimizer.state_dict()["state"]) == (set() if t == 0 else {0, 1})
 
 
+@pytest.mark.interpret
 def test_a_first_step_stays_first_where_other_parameters_join(flag, backend, device):
     """A is skipped alone; the step after has A and B; each has its own first step then."""
     params = parameters(device)

@@ -62,6 +62,7 @@ def test_finite_input_of_any_size_agrees_with_float64(
     assert w_norm > 0
 
 
+@pytest.mark.interpret
 @pytest.mark.row(24)
 def test_one_extreme_chunk_among_ordinary_ones(backend, device, small_chunks):
     for size in (1e30, 1e-30):
@@ -104,6 +105,7 @@ def test_zeros(eps, zero, denominator, decay, backend, device):
     assert_true(params, truth, steps=2)
 
 
+@pytest.mark.interpret
 @pytest.mark.row(26, 27)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("of", ["gradient", "weight", "momentum"])

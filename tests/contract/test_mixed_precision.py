@@ -6,8 +6,10 @@ import torch
 from bench.variants import set_gradient
 from lars_fused import LARS
 from tests import oracle
+from tests.cases import leave_to_the_interpreter
+from tests.tools import COMPILED
 
-pytestmark = [pytest.mark.cpu, pytest.mark.interpret, pytest.mark.ptx, pytest.mark.gpu]
+pytestmark = COMPILED
 
 LOW = [torch.float16, torch.bfloat16]
 OPTIONS = {"lr": 2.0, "momentum": 0.9, "weight_decay": 0.1, "trust_coefficient": 0.05}
@@ -43,9 +45,11 @@ def assert_stored(actual, wide):
     )
 
 
+@pytest.mark.interpret
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("momentum_dtype", [torch.float32, *LOW], ids=str)
-def test_momentum_has_its_own_dtype(dtype, momentum_dtype, backend, device):
+def test_momentum_has_its_own_dtype(dtype, momentum_dtype, backend, device, tier):
+    leave_to_the_interpreter(tier, dtype, dtype, momentum_dtype)
     params = parameters(dtype, device)
     optimizer = LARS(params, **OPTIONS, momentum_dtype=momentum_dtype, backend=backend)
     for t in range(3):
@@ -68,6 +72,7 @@ def test_the_default_momentum_is_fp32(backend, device):
         assert optimizer.state[p]["momentum_buffer"].dtype == torch.float32
 
 
+@pytest.mark.interpret
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 def test_masters_train_as_fp32_does_and_the_parameters_are_their_copies(dtype, backend, device):
     """The same gradients into fp32 parameters: masters and momentum are bitwise theirs."""
@@ -117,8 +122,10 @@ def test_masters_and_plain_parameters_step_together(backend, device):
         assert torch.equal(p, q)
 
 
+@pytest.mark.interpret
 @pytest.mark.parametrize("dtype", LOW, ids=str)
-def test_fp32_parameters_take_low_precision_gradients(dtype, backend, device):
+def test_fp32_parameters_take_low_precision_gradients(dtype, backend, device, tier):
+    leave_to_the_interpreter(tier, torch.float32, dtype, torch.float32)
     params, wide = (parameters(torch.float32, device) for _ in range(2))
     low = LARS(params, **OPTIONS, backend=backend)
     full = LARS(wide, **OPTIONS, backend=backend)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lars_fused import LARS
+from tests.cases import leave_to_the_interpreter
 from tests.oracle import Truth, assert_true
 from tests.tools import (
     COMPILED,
@@ -115,6 +116,7 @@ def test_lr_tensor_equals_the_float(shape, dtype, inside, backend, device):
     assert same_bits(*results)
 
 
+@pytest.mark.interpret
 @pytest.mark.row(4)
 def test_lr_tensor_edited_in_place_is_seen(backend, device):
     (a, tensor), (b, number) = twins([(4,)], device, backend, lr=0.5)
@@ -188,9 +190,12 @@ def once(device, backend, **options):
     return three_steps(device, backend, options)
 
 
+@pytest.mark.interpret
 @pytest.mark.row(6)
 @pytest.mark.parametrize("options", CHANGES, ids=str)
-def test_every_option_changed_alone_changes_the_result(options, backend, device):
+def test_every_option_changed_alone_changes_the_result(options, backend, device, tier):
+    momentum = options.get("momentum_dtype", torch.float32)
+    leave_to_the_interpreter(tier, torch.float32, torch.float32, momentum)
     plain, _ = once(device, backend)
     changed, truth = once(device, backend, **options)
     difference = max((a - b).abs().max().item() for a, b in zip(plain, changed, strict=True))

@@ -67,6 +67,7 @@ def assert_close_or_same(a, b):
         torch.testing.assert_close(x, y, rtol=3e-7, atol=3e-7)
 
 
+@pytest.mark.interpret
 @pytest.mark.row(33)
 @pytest.mark.skipif(not hasattr(torch.utils, "swap_tensors"), reason="no swap_tensors")
 def test_swap_tensors_swaps_the_values_only(backend, device, tier):
@@ -209,6 +210,7 @@ def test_state_whose_data_was_replaced_by_another_shape(backend, device):
 # ------------------------------------------------------------------ row 36: gradient buffers
 
 
+@pytest.mark.interpret
 @pytest.mark.row(36)
 @pytest.mark.parametrize("kind", ["new", "in place", "alternating", "bucket view"])
 def test_gradient_buffers(kind, backend, device):

@@ -4,6 +4,9 @@ import pytest
 import torch
 
 from lars_fused import LARS
+from lars_fused._engine import validate
+from lars_fused.options import MOMENTUM_DTYPES
+from tests.cases import leave_to_the_interpreter
 from tests.oracle import Truth, assert_true
 from tests.tools import (
     COMPILED,
@@ -48,6 +51,7 @@ def test_no_gradient_anywhere_changes_nothing(backend, device):
     assert same_bits(momenta(optimizer, params), moments)
 
 
+@pytest.mark.interpret
 @pytest.mark.row(7)
 def test_frozen_late_and_unused_parameters_have_their_own_history(backend, device):
     # A dampening makes a second "first step" visible: that one alone is not dampened.
@@ -112,6 +116,7 @@ def test_nothing_but_empty_parameters_and_empty_groups(backend, device):
     assert_true(params, truth)
 
 
+@pytest.mark.interpret
 @pytest.mark.row(9)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_zero_dimensions_and_one_element(dtype, any_backend, device):
@@ -142,6 +147,7 @@ def test_sizes_around_powers_of_two_move_every_element(any_backend, device):
     assert_true(params, truth)
 
 
+@pytest.mark.interpret
 @pytest.mark.row(10)
 def test_sizes_around_chunks_and_blocks(any_backend, device, small_chunks):
     sizes = [127, 128, 129, 255, 256, 257, 385, 511, 512, 513, 1025]
@@ -183,6 +189,7 @@ def test_misaligned_views_leave_their_surroundings_alone(offset, dtype, backend,
     assert torch.equal(flats[1], gradient)
 
 
+@pytest.mark.interpret
 @pytest.mark.row(13)
 def test_slices_of_one_flat_buffer(backend, device):
     sizes = [5, 1, 7, 64, 3]
@@ -273,10 +280,12 @@ def test_gradient_strides(weight, gradient, dtype, any_backend, device):
 # ------------------------------------------------------------------ rows 21 and 23: dtypes
 
 
+@pytest.mark.interpret
 @pytest.mark.row(21)
 @pytest.mark.parametrize("weight", DTYPES)
 @pytest.mark.parametrize("gradient", DTYPES)
-def test_gradient_of_another_dtype_is_widened(weight, gradient, any_backend, device):
+def test_gradient_of_another_dtype_is_widened(weight, gradient, any_backend, device, tier):
+    leave_to_the_interpreter(tier, weight, gradient, torch.float32)
     if not hasattr(torch.Tensor, "grad_dtype"):
         pytest.skip("this torch has no Tensor.grad_dtype")
     p = make_params([(3, 5)], weight, device)[0]
@@ -302,9 +311,15 @@ def test_mixed_dtypes_equal_separate_optimizers(any_backend, device):
         assert same_bits(copies(ps), copies(qs))
 
 
+def test_every_dtype_of_parameters_is_tried():
+    assert {*DTYPES} == {*validate.PARAMETER_DTYPES}, "tests/tools.py: DTYPES"
+
+
 @pytest.mark.row(23)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_momentum_dtype_is_what_was_asked_for(dtype, any_backend, device):
+@pytest.mark.interpret
+@pytest.mark.parametrize("dtype", MOMENTUM_DTYPES)
+def test_momentum_dtype_is_what_was_asked_for(dtype, any_backend, device, tier):
+    leave_to_the_interpreter(tier, torch.bfloat16, torch.bfloat16, dtype)
     params = make_params([(3, 2), (4,)], torch.bfloat16, device)
     truth = Truth(params, momentum_dtype=dtype, **STRONG)
     optimizer = LARS(params, **STRONG, momentum_dtype=dtype, backend=any_backend)

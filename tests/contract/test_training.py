@@ -99,6 +99,7 @@ def test_one_gradient_shared_by_two_parameters(backend, device):
     assert same_bits(copies(shared), copies(own))
 
 
+@pytest.mark.interpret
 @pytest.mark.row(32)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("masters", [False, True])
@@ -292,6 +293,7 @@ def test_accumulated_and_clipped_gradients(backend, device):
 # ------------------------------------------------------------------ rows 57 and 58: modes
 
 
+@pytest.mark.interpret
 @pytest.mark.row(57)
 def test_inference_mode_around_a_step(backend, device):
     (inside, a), (outside, b) = twins(SHAPES, device, backend, **STRONG)
@@ -332,6 +334,7 @@ def test_deterministic_algorithms(backend, device):
     assert same_bits(copies(strict), copies(plain))
 
 
+@pytest.mark.interpret
 @pytest.mark.row(58)
 def test_the_order_of_the_parameters_changes_no_bit(backend, device, small_chunks):
     shapes = [(3, 2), (600,), (5,), (300,)]
@@ -345,6 +348,7 @@ def test_the_order_of_the_parameters_changes_no_bit(backend, device, small_chunk
     assert same_bits(copies(forwards), copies(backwards))
 
 
+@pytest.mark.interpret
 @pytest.mark.row(58)
 def test_block_sizes_change_only_the_rounding(tier, backend, device, monkeypatch):
     if tier != "interpret":

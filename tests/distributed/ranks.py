@@ -79,6 +79,10 @@ def _serve(rank, size, backend, pipe, meeting):
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from tests.interpreter import quicken
+
+        quicken()
     if backend == "nccl":
         torch.cuda.set_device(rank)
     limit = datetime.timedelta(seconds=GROUP_TIMEOUT)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lars_fused import LARS, multi_tensor_l2norm, reference
-from lars_fused._engine import portable, rates, square_norms, torch_step
+from lars_fused._engine import portable, rates, square_norms, torch_step, validate
+from lars_fused.options import MOMENTUM_DTYPES
 from lars_fused.reference import Options
 from tests.cases import OPTIONS, TERMS, bits
 
@@ -87,16 +88,25 @@ def test_every_option_on_every_backend(backend, name):
     assert list(parts) == [backend], "another backend took some of the tensors"
 
 
+# Weights, gradients, momentum, and whether the weights are masters with a bf16 copy.
+COMBINATIONS = [
+    (BF16, BF16, F32, False), (F16, F16, F32, False), (BF16, BF16, BF16, False),
+    (F16, F16, F16, False), (F32, BF16, F32, True), (F32, BF16, F32, False),
+    (F32, F32, BF16, False), (BF16, F32, F32, False),
+]  # fmt: skip
+
+
+def test_every_dtype_has_a_combination():
+    """float64 is left to itself: test_float64_stays_float64."""
+    weights, _, momenta, _ = map(set, zip(*COMBINATIONS, strict=True))
+    missing = {*validate.PARAMETER_DTYPES} - weights - {F64}
+    assert not missing, f"add {missing} to COMBINATIONS as the weights"
+    missing = {*MOMENTUM_DTYPES} - momenta - {F64}
+    assert not missing, f"add {missing} to COMBINATIONS as the momentum"
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(
-    ("w_dtype", "g_dtype", "v_dtype", "with_copy"),
-    [
-        (BF16, BF16, F32, False), (F16, F16, F32, False), (BF16, BF16, BF16, False),
-        (F16, F16, F16, False), (F32, BF16, F32, True), (F32, BF16, F32, False),
-        (F32, F32, BF16, False), (BF16, F32, F32, False),
-    ],
-    ids=str,
-)  # fmt: skip
+@pytest.mark.parametrize(("w_dtype", "g_dtype", "v_dtype", "with_copy"), COMBINATIONS, ids=str)
 def test_mixed_dtypes_on_every_backend(backend, w_dtype, g_dtype, v_dtype, with_copy):
     o = Options(**TERMS)
     w, g, v = lists(SHAPES, w_dtype, g_dtype, v_dtype)

@@ -8,14 +8,13 @@ import torch
 from lars_fused import conventions
 from lars_fused._engine import validate
 from tests import internals, oracle
-from tests.cases import OPTIONS, TERMS, Spec, odd_layouts, regimes, small_row
+from tests.cases import COMBINATIONS, OPTIONS, TERMS, Spec, odd_layouts, regimes, small_row
 from tests.conftest import INTERPRETED
 from tests.oracle import ULPS, ulp
 from tests.trial import Trial
 
 pytestmark = [
     pytest.mark.cpu,
-    pytest.mark.interpret,
     pytest.mark.ptx,
     pytest.mark.gpu,
     # numpy, under the interpreter, where a square or a product is to overflow
@@ -49,6 +48,7 @@ def a_few(row):
     ]
 
 
+@pytest.mark.interpret
 @pytest.mark.floor
 def test_every_regime(row, launches, backend, device):
     """Two steps; half of the tensors come with a momentum, the others have their first step."""
@@ -58,20 +58,6 @@ def test_every_regime(row, launches, backend, device):
     trial.poison()
     trial.step()
     trial.check()
-
-
-# Weights, gradients, momentum, and whether the weights are fp32 masters.
-COMBINATIONS = [
-    (F16, F16, F32, False),
-    (BF16, BF16, F32, False),
-    (F32, BF16, F32, False),
-    (BF16, F32, F32, False),
-    (F32, F16, BF16, False),
-    (BF16, BF16, BF16, False),
-    (F16, F16, F16, False),
-    (BF16, BF16, F32, True),
-    (F16, F32, BF16, True),
-]
 
 
 def test_every_dtype_of_the_kernels_has_a_combination_and_its_magnitudes():
@@ -85,6 +71,7 @@ def test_every_dtype_of_the_kernels_has_a_combination_and_its_magnitudes():
     assert not missing, f"add both ends of the range of {missing} to MAGNITUDES"
 
 
+@pytest.mark.interpret
 @pytest.mark.parametrize(
     ("w", "g", "v", "master"), COMBINATIONS, ids=lambda x: str(x).removeprefix("torch.")
 )
@@ -100,6 +87,7 @@ def test_every_dtype_combination(row, launches, backend, device, w, g, v, master
         trial.check()
 
 
+@pytest.mark.interpret
 @pytest.mark.floor
 def test_every_option_in_one_launch(row, backend, device):
     """A group for every variant, over tensors of one chunk and of several; a group option that
@@ -169,10 +157,10 @@ def test_zero_norms(row, backend, device):
 
 @pytest.mark.parametrize("count", [84, pytest.param(5000, marks=pytest.mark.slow)])
 def test_many_tiny_tensors(row, backend, device, count):
-    """84 have every mix of size and alignment. 5,000 of them are slow in the interpreter; their
-    plan and tables are tested at full length in engine/test_launch_tables.py.
+    """84 have every mix of size and alignment. The plan and tables of 5,000 are tested at full
+    length in engine/test_launch_tables.py, 10,000 in torch operations in contract/test_memory.py.
     """
-    count = 5000 if backend == "torch" or device == "cuda" else count
+    count = 5000 if device == "cuda" else count
     specs = [Spec(f"tensor {i}", (1 + i % 7, 2), i % 4, i % 3) for i in range(count)]
     trial = Trial(
         specs, backend, device, groups=[{}, OPTIONS["not adapted"]], group_of=lambda i: i % 2
@@ -181,6 +169,7 @@ def test_many_tiny_tensors(row, backend, device, count):
     trial.check()
 
 
+@pytest.mark.interpret
 def test_a_tensor_of_many_chunks(monkeypatch, backend, device):
     """More chunks than the last program adds at a time, and more than the window holds."""
     row = small_row(monkeypatch, device, chunk=16, block=8, threads=4, lanes=32, window=16 * 8 * 4)
@@ -240,6 +229,7 @@ def test_extreme_magnitudes(row, backend, device, dtype):
         assert one.start.norm() < smallest or not torch.equal(ours, one.start), one.name
 
 
+@pytest.mark.interpret
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_gradient_that_is_not_finite_spoils_its_own_tensor_only(
     row, launches, backend, device, bad

@@ -12,7 +12,6 @@ from tests.cases import OPTIONS, TERMS, Spec, bits, regimes, small_row
 from tests.trial import Trial
 
 pytestmark = [
-    pytest.mark.interpret,
     pytest.mark.ptx,
     pytest.mark.gpu,
     # numpy, under the interpreter, where a square or a product is to overflow
@@ -72,6 +71,7 @@ def once(row, device):
         return run(row, device)
 
 
+@pytest.mark.interpret
 @pytest.mark.floor
 def test_two_runs_from_the_same_state(row, device):
     assert run(row, device) == once(row, device)
@@ -84,6 +84,7 @@ def test_a_shuffled_list(row, device):
         assert run(row, device, names) == once(row, device)
 
 
+@pytest.mark.interpret
 @pytest.mark.floor
 @pytest.mark.parametrize("programs", [1, 2, 7, 132])
 def test_the_number_of_programs(monkeypatch, row, device, programs):
@@ -110,6 +111,7 @@ def test_the_order_that_a_number_of_programs_asks_for(monkeypatch, row, device, 
     assert run(row, device) == expected
 
 
+@pytest.mark.interpret
 def test_one_launch_and_two(row, device):
     with internals.forced_launches(2):
         assert run(row, device) == once(row, device)

@@ -216,20 +216,29 @@ def test_unusable_options_are_refused_by_name(argument, message, capsys) -> None
     assert message in capsys.readouterr().err
 
 
+# Read by Python as it starts: the replay through the kernels is a process of its own.
 QUICKLY = """
-import runpy
-from tests.interpreter import quicken
+import os
 
-quicken()
-runpy.run_module("lars_fused.study.demo", run_name="__main__", alter_sys=True)
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from tests.interpreter import quicken
+
+    quicken()
 """
 
 
 @pytest.mark.interpret
 def test_the_whole_of_it_in_small(tmp_path: Path) -> None:
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    startup = tmp_path / "startup"
+    startup.mkdir()
+    (startup / "sitecustomize.py").write_text(QUICKLY, encoding="utf-8")
+    path = [str(startup), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {
+        **os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0",
+        "PYTHONPATH": os.pathsep.join(path),
+    }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-c", QUICKLY, "--quick", f"--out={tmp_path}"],
+        [sys.executable, "-m", "lars_fused.study.demo", "--quick", f"--out={tmp_path}"],
         cwd=ROOT,
         env=environment,
         capture_output=True,
