@@ -241,7 +241,7 @@ FAULTS = [
           "        item = next_item\n",
           "        item = tl.load(items + next_ticket, mask=next_ticket < todo, other=0)\n"),
     Fault("machine code: a tail waits at each turn", "codegen", TAIL, MEMORY,
-          "TAIL_TURNS = tl.constexpr(4)", "TAIL_TURNS = tl.constexpr(1)"),
+          "TAIL_TURNS = tl.constexpr(8)", "TAIL_TURNS = tl.constexpr(1)"),
     Fault("machine code: registers for more programs than fit", "codegen", BUDGET, TUNING,
           "launches=1, step_registers=104", "launches=1, step_registers=72"),
     Fault("machine code: whole blocks read element by element", "codegen", WIDE, MEMORY,

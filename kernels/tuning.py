@@ -64,8 +64,7 @@ ROWS = {
         record=_MEASURED,
     ),
     # ptxas for sm_100 spills with blocks of 2,048 at every cap that four programs leave room for.
-    # With blocks of 1,024 and a cap of 112 no case does under triton 3.7.1, one under 3.6.0
-    # (compiled).
+    # With blocks of 1,024 and a cap of 112 no case does (compiled).
     "sm_10": Row(
         chunk=4096, block=1024, threads=128, lanes=128, num_warps=4, programs=4,
         order="ahead", lag=1.0, window=None, hold="evict_last", evict="evict_first",
