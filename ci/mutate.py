@@ -81,7 +81,7 @@ ORDER = "kernels/codegen:data_is_asked and sm_90 and not bf16 and not fp16 and n
 BUDGET = f"kernels/codegen:stay_in_budget and {FP32_STEP}"
 WIDE = f"kernels/codegen:wide_accesses and {FP32_STEP}"
 LATENCY = "kernels/codegen:latencies and sm_90"
-TAIL = "kernels/codegen:tail_loads and sm_90"
+TAIL = "kernels/codegen:tail_has and sm_90"
 HELD = "kernels/codegen:told_what_to_keep and sm_90"
 FAULTS = [
     Fault("momentum is forgotten", "interpret", EVERY_OPTION, RULE,
