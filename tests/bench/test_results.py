@@ -168,6 +168,29 @@ def test_promises_come_from_the_folder(gpu_folder):
 
 
 @pytest.mark.parametrize(
+    ("must", "measured", "missed"),
+    [
+        ("≤ 1.15", "1.150", False), ("≤ 1.15", "1.151", True),
+        ("≥ 0.85", "0.850", False), ("≥ 0.85", "0.756", True),
+        ("< 1", "0.999", False), ("< 1", "1.00", True),
+        ("> 1", "1.001", False), ("> 1", "1.000", True),
+        ("1", "1", False), ("0", "2", True),
+        ("≤ 20.5", "22.14 (prediction)", True), ("≤ 20.5", "20.14 (prediction)", False),
+        ("reported", "3.0", False), ("≤ 1.15", "not measured", False),
+    ],
+)  # fmt: skip
+def test_a_figure_that_breaks_its_bound_is_missed(must, measured, missed):
+    assert promises.Line("GPU time", must, measured).missed is missed
+
+
+def test_what_was_missed_is_marked_as_such(monkeypatch):
+    found = [promises.Line("bytes", "≤ 1", "2", "here"), promises.Line("time", "≤ 1", "1", "here")]
+    monkeypatch.setattr(promises, "lines", lambda folders: found)
+    rows = promises.readme_table().splitlines()[2:]
+    assert rows == ["| bytes | ≤ 1 | 2, **missed** | here |", "| time | ≤ 1 | 1 | here |"]
+
+
+@pytest.mark.parametrize(
     "spoilt",
     [
         {"dirty": True},
