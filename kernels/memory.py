@@ -41,7 +41,7 @@ def widen(x, DTYPE: tl.constexpr, EMULATE_BF16: tl.constexpr):
 
 @triton.jit
 def narrow(x, DTYPE: tl.constexpr, EMULATE_BF16: tl.constexpr):
-    """Fp32 rounded to nearest even in DTYPE. The interpreter truncates to bf16, a GPU rounds."""
+    """An fp32 value rounded to nearest even in DTYPE. The interpreter truncates to bf16."""
     if EMULATE_BF16 and tl.bfloat16 == DTYPE:
         bits = x.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16

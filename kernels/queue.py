@@ -73,7 +73,7 @@ def _encode(ratio):
 
 @triton.jit
 def _decode(code):
-    """Float64 value of a code. Bits above the 48 are shifted out."""
+    """The value of a code, in float64. Bits above the 48 are shifted out."""
     return (code << _DROPPED).to(tl.float64, bitcast=True)
 
 
@@ -99,8 +99,8 @@ def ask(flag, POLL_ATOMIC: tl.constexpr):
     """Read a flag; the first use of the answer waits for it.
 
     A plain load in a spin loop is hoisted or deleted. NVIDIA keeps a volatile one; the AMD backend
-    drops `volatile`, so that only an atomic read works there. Every warp reads for itself: to hand
-    one warp's answer to the others would take a barrier, and registers that are live in every item.
+    drops `volatile`, so that only an atomic read works there. Every warp reads for itself: sharing
+    one warp's answer would take a barrier, and registers that are live in every item.
     """
     if POLL_ATOMIC:
         word = tl.atomic_add(flag, 0, sem="relaxed")

@@ -93,7 +93,7 @@ def _sum_squares(
     W_DT: tl.constexpr, G_DT: tl.constexpr, W_ALIGN: tl.constexpr, G_ALIGN: tl.constexpr,
     HOLD: tl.constexpr, EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
-    """Fp32 sums of squares over one chunk, whose first whole block was loaded as w and g.
+    """Sums of squares in fp32 over one chunk, whose first whole block was loaded as w and g.
 
     G_DT None: there is no g, and its sum is 0.
     """
@@ -169,7 +169,7 @@ def _rescue_unit(total):
 
 @triton.jit
 def _in_plain_units(total, unit):
-    """Float64 value of a sum of squares that was taken of elements times `unit`."""
+    """A sum of squares, in float64, that was taken of elements times `unit`."""
     back = tl.where(unit > 1.0, UNIT_DOWN, tl.where(unit < 1.0, UNIT_UP, 1.0)).to(tl.float64)
     return total.to(tl.float64) * back * back
 
@@ -181,7 +181,7 @@ def chunk_square_sums(
     W_DT: tl.constexpr, G_DT: tl.constexpr, W_ALIGN: tl.constexpr, G_ALIGN: tl.constexpr,
     HOLD: tl.constexpr, EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
-    """Float64 sums of w², (s·g)² and d² over one chunk, right over the whole range of fp32.
+    """Sums of w², (s·g)² and d² in float64 over one chunk, right over the whole range of fp32.
 
     `w`, `g`: its first block (`load_pair`). Squares leave fp32's range long before the elements do.
     Such a chunk (all zeros also looks like one) is summed a second time in rescaled units; its

@@ -38,8 +38,8 @@ class Row(NamedTuple):
     launches: int
     """1: norms and updates in one launch; 2: norms, then updates."""
     step_registers: int | None
-    """Registers a thread that the compiler may take in `lars_step`. On sm_80 and sm_90, with more
-    (128 fit) ptxas hoists until it spills a register or two (compiled)."""
+    """Registers a thread that the compiler may take in `lars_step`. On sm_90, with more (128
+    fit) ptxas hoists until it spills a register or two (compiled)."""
     mixed_registers: int | None
     """Likewise where a tensor is not fp32: with 104, fp32 beside fp16 gradients spills on sm_90."""
     update_registers: int | None
@@ -62,6 +62,15 @@ ROWS = {
         poll_atomic=False, backoff=200, launches=1, step_registers=104, mixed_registers=102,
         update_registers=64,
         record=_MEASURED,
+    ),
+    # With 104 registers ptxas for sm_80 waits for most of the next item's word; with 112 it does
+    # not, and no case spills (compiled, walked).
+    "sm_8": Row(
+        chunk=4096, block=2048, threads=128, lanes=128, num_warps=4, programs=4,
+        order="ahead", lag=1.0, window=None, hold="evict_last", evict="evict_first",
+        poll_atomic=False, backoff=200, launches=1, step_registers=112, mixed_registers=112,
+        update_registers=64,
+        record=_PREDICTED,
     ),
     # ptxas for sm_100 spills with blocks of 2,048 at every cap that four programs leave room for.
     # With blocks of 1,024 and a cap of 112 no case does (compiled).
@@ -93,8 +102,8 @@ ROWS = {
 
 def compile_options(kernel: str, row: Row, mixed: bool) -> dict[str, int]:
     """Triton's compile options for a kernel; `mixed`: not every tensor is fp32."""
-    # Without contraction: whether a product and a sum become one rounding would be the compiler's
-    # choice, in each kernel anew, and one launch and two are to round alike.
+    # FMA contraction is disabled: ptxas would decide it per kernel, and one launch and two could
+    # then differ in the last bit.
     options = {"num_warps": row.num_warps, "enable_fp_fusion": False}
     step = row.mixed_registers if mixed else row.step_registers
     cap = {"lars_step": step, "lars_update": row.update_registers}.get(kernel)

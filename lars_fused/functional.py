@@ -101,7 +101,9 @@ def lars_step(
         fresh = [v is None for v in momentum_buffers]
         nothing: list[Tensor | None] = [None] * len(params)
         state = StepState([*params], [*params], buffers, nothing, fresh)
-        step = PreparedStep(state, [*grads], [0] * len(params), [options], backend, label)
+        step = PreparedStep(
+            state, [*grads], [0] * len(params), [options], backend, label, caller="lars_step"
+        )
         scaling = Scaling(grad_scale, found_inf)
         if scaling.skips_for_certain():
             return

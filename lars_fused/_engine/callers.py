@@ -17,9 +17,10 @@ def keyword_only(init: Callable[..., None]) -> Callable[..., None]:
     def checked(self: Any, *args: Any, **kwargs: Any) -> None:
         if len(args) > 2:
             extra = ", ".join(repr(value) for value in args[2:])
+            plural = "s" if len(args) > 3 else ""
             raise TypeError(
-                f"LARS: {len(args) - 2} positional arguments after lr ({extra}); their order "
-                "differs between optimizers, so pass them by keyword: "
+                f"LARS: {len(args) - 2} positional argument{plural} after lr ({extra}); the order "
+                "differs between optimizers, so pass by keyword: "
                 "LARS(params, lr, momentum=0.9, weight_decay=1e-4)"
             )
         init(self, *args, **kwargs)

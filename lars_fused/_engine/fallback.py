@@ -13,16 +13,16 @@ Label = Callable[[int], str]
 _warned: set[str] = set()
 
 
-def warn_once(reason: str) -> None:
+def warn_once(caller: str, reason: str) -> None:
     """Warn that the kernels do not run where expected, once per reason and process."""
     if reason not in _warned:
         _warned.add(reason)
         warnings.warn(
-            f"LARS: falling back to the portable path: {reason}", RuntimeWarning, stacklevel=6
+            f"{caller}: falling back to the portable path: {reason}", RuntimeWarning, stacklevel=6
         )
 
 
-def report(divided: Partition, backend: str, label: Label) -> None:
+def report(divided: Partition, backend: str, label: Label, caller: str) -> None:
     """Raise or warn if the kernels cannot update a tensor that they were expected to.
 
     Raises:
@@ -36,4 +36,4 @@ def report(divided: Partition, backend: str, label: Label) -> None:
     if backend == "auto":
         for device in divided.rest:
             if launch.expected(device) and (missing := launch.why_not(device)):
-                warn_once(missing)
+                warn_once(caller, missing)

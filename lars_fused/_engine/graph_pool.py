@@ -15,8 +15,13 @@ from .launch_tables import LaunchTables
 from .tensors import StepTensors
 
 
-def refuse(capturable: bool) -> NoReturn:
-    """Refuse capture if the optimizer does not allow it, or if there was no warm-up step."""
+def refuse(capturable: bool, caller: str = "LARS") -> NoReturn:
+    """Refuse capture if the caller does not allow it, or if there was no warm-up step."""
+    if caller != "LARS":
+        raise RuntimeError(
+            f"{caller}: cannot be captured into a CUDA graph; "
+            "use the optimizer, LARS(..., capturable=True)"
+        )
     if not capturable:
         raise RuntimeError(
             "LARS: step() is being captured into a CUDA graph but capturable=False; "

@@ -209,7 +209,7 @@ def expressible(factor: float, dtype: torch.dtype) -> bool:
 
 
 def _update(t: Large, factor: float, alpha: float, out: float, o: Options) -> None:
-    """V ← μv + factor·(±g + alpha·w), w ← w − out·v."""
+    """v ← μv + factor·(±g + alpha·w), w ← w − out·v."""
     if t.v is None or not o.momentum:
         # Without a buffer the kernel has no dampening, so the factor goes into its lr.
         sgd_kernel.run(

@@ -249,11 +249,11 @@ class Layers:
             if new and all(p.dim() == 1 for p in params) and (most > 1 or len(params) < count):
                 raise RuntimeError(
                     f"LARS: param_groups[{g}]: its {count} parameters were exchanged for "
-                    f"{len(params)} of one dimension, which are no layers. {_FLAT}"
+                    f"{len(params)} of one dimension, which are not layers. {_FLAT}"
                 )
 
 
 _FLAT = (
-    "Partitions of flat buffers, as ZeRO of DeepSpeed hands them to its optimizer, have no norms "
-    "of layers; use DDP, ZeroRedundancyOptimizer or torch.distributed.fsdp.fully_shard"
+    "Partitions of flat buffers, as ZeRO of DeepSpeed hands them to its optimizer, have no layer "
+    "norms; use DDP, ZeroRedundancyOptimizer or torch.distributed.fsdp.fully_shard"
 )

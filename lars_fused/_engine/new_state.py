@@ -170,7 +170,7 @@ def _like(p: Tensor, start: Tensor | None, dtype: torch.dtype) -> Tensor:
     own = sharding.local(p)
     if validate.in_memory(own):
         part = torch.empty_like(own, dtype=dtype, memory_format=torch.preserve_format)
-    else:  # of a wrapper subclass state is plain: what it means to be one is the parameter's affair
+    else:  # state of a wrapper subclass is plain: only the parameter needs to be one
         part = torch.empty(own.shape, dtype=dtype, device=own.device)
     if start is None:
         part.zero_()

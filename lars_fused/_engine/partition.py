@@ -27,7 +27,7 @@ class Partition(NamedTuple):
     rest: dict[torch.device, list[int]]
     """The tensors left to torch operations, by device."""
     reasons: dict[int, str]
-    """Of each of the latter, why the kernels do not take it."""
+    """Why the kernels do not support each of the latter."""
     wrapped: list[int]
     """Those of the latter among whose tensors is one without memory of its own."""
 

@@ -238,5 +238,5 @@ def _check(
         if not 0 <= n <= MAX_CHUNKS * chunk:
             raise ValueError(
                 f"tensor {i} must have 0 to {MAX_CHUNKS * chunk} elements "
-                f"(2**31 chunks of {chunk}), got {n}"
+                f"({MAX_CHUNKS} chunks of {chunk}), got {n}"
             )

@@ -58,6 +58,7 @@ class PreparedStep:
         backend: str,
         label: Label,
         pool: GraphPool | None = None,
+        caller: str = "LARS",
     ):
         """Partition the work and make its tables; nothing is written.
 
@@ -69,11 +70,12 @@ class PreparedStep:
             backend: "auto", "triton" or "torch".
             label: prefix of a message about the i-th parameter.
             pool: the optimizer's, if its steps may be captured into CUDA graphs.
+            caller: whom messages that name no parameter speak for.
 
         Raises:
             RuntimeError: with backend="triton", for a tensor that the kernels do not support.
         """
-        self.state, self._groups, self._pool = state, groups, pool
+        self.state, self._groups, self._pool, self._caller = state, groups, pool, caller
         self._auto = backend == "auto"
         self._plan_facts = plan_facts(options)
         tensors = state.tensors(grads)
@@ -82,7 +84,7 @@ class PreparedStep:
         self._known, self._places = known, places(tensors)
         self._shards = sharding.Shards(state.params)
         divided = partition.divide(tensors, backend, launch.why_not)
-        fallback.report(divided, backend, label)
+        fallback.report(divided, backend, label, caller)
         self._numels = [w.numel() for w in tensors.weights]
         self._kernel_parts = [
             _KernelPart(key, index, self._tables(key, index, options, state.fresh))
@@ -165,7 +167,7 @@ class PreparedStep:
             self._reserve(options)
             return list(self._kernel_parts)
         if self._pool is None:
-            graph_pool.refuse(capturable=False)
+            graph_pool.refuse(False, self._caller)
         tables = self._pool.take(self, tensors)
         return [
             replace(part, tables=own) for part, own in zip(self._kernel_parts, tables, strict=True)
@@ -216,7 +218,7 @@ class PreparedStep:
                 if not self._may_retry(tables, split):
                     raise
                 if replicas.exist():
-                    raise replicas.refusal(error) from error
+                    raise replicas.refusal(self._caller, error) from error
                 self._fall_back(part, error)
                 return False
         return True
@@ -228,7 +230,8 @@ class PreparedStep:
 
     def _fall_back(self, part: _KernelPart, error: Exception) -> None:
         """Hand the tensors of a failed launch to torch operations, from this step on."""
-        fallback.warn_once(f"the kernel could not be launched ({type(error).__name__}: {error})")
+        reason = f"the kernel could not be launched ({type(error).__name__}: {error})"
+        fallback.warn_once(self._caller, reason)
         begun = part.tables.steps_taken() > 0
         fresh = [self.state.fresh[i] and not begun for i in part.index]
         self._torch_parts.append(TorchPart(part.tables.device, part.index, fresh))

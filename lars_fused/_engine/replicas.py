@@ -14,10 +14,10 @@ def exist() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def refusal(error: Exception) -> RuntimeError:
+def refusal(caller: str, error: Exception) -> RuntimeError:
     """What stops the training where falling back alone would not be seen."""
     return RuntimeError(
-        f"LARS: the kernel could not be launched on rank {dist.get_rank()}, twice "
+        f"{caller}: the kernel could not be launched on rank {dist.get_rank()}, twice "
         f"({type(error).__name__}: {error}); this rank alone would go on with torch operations, "
         "and its replica would drift from the others by rounding; "
         "start again, or with backend='torch' on all ranks"

@@ -1,8 +1,8 @@
 """Tensors without memory of their own: wrapper subclasses, whose elements lie in other tensors.
 
-Kernels need an address, so these take torch operations. What a subclass makes of those is its own
-affair, and not all can do what a step needs: the step is rehearsed on copies, before anything is
-written or launched, and compared with the same step of plain tensors.
+Kernels need an address, so these use torch operations. Each subclass defines what those do, and not
+all support what a step needs: the step is rehearsed on copies, before anything is written or
+launched, and compared with the same step of plain tensors.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def rehearse(tensors: StepTensors, i: int, options: Options, label: Callable[[in
         own.float(), plain.float(), rtol=1e-2, atol=1e-2 * float(plain.abs().max())
     )
     if plain.numel() and not near:
-        raise RuntimeError(f"{say}: the result is another than that of plain tensors; {remedy}")
+        raise RuntimeError(f"{say}: the result differs from that of plain tensors; {remedy}")
 
 
 def _step_of_copies(

@@ -94,8 +94,9 @@ _DROPPED = {
 }  # fmt: skip
 # Options that no source sets: set here so that nothing depends on how LARS was constructed.
 _DEFAULTS = {
-    "weight_decay": 0.0, "dampening": 0.0, "nesterov": False, "maximize": False, "adapt": True,
-}  # fmt: skip
+    name: Options._field_defaults[name]
+    for name in ("weight_decay", "dampening", "nesterov", "maximize", "adapt")
+}
 
 
 def convert_state_dict(

@@ -78,7 +78,7 @@ def plot(
     """Training loss and test accuracy against epochs: the seeds' mean as a line, range as a band.
 
     Args:
-        runs: all runs; those of one recipe have equally many steps.
+        runs: all runs; all runs of one recipe have the same number of steps.
         epochs_per_step: the share of an epoch that a step is.
         warmup: the epoch at which warm-up ends.
         title: stands over both panels.
