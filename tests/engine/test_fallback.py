@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lars_fused import LARS
+from lars_fused import LARS, lars_step
+from lars_fused._engine import launch
 from tests import internals
 
 pytestmark = pytest.mark.interpret
@@ -97,3 +98,26 @@ def test_what_ran_is_what_backend_says(monkeypatch):
     failing_launches(monkeypatch, 10)
     with pytest.warns(RuntimeWarning, match="kernel could not be launched"):
         assert two_steps(p).backend == "torch"
+
+
+def test_lars_step_speaks_for_itself(monkeypatch):
+    """Its warnings and errors do not name an optimizer that the caller never made."""
+
+    def step():
+        w = torch.ones(3, 5)
+        lars_step([w], [torch.ones(3, 5)], [torch.zeros(3, 5)], lr=0.1)
+        return w
+
+    internals.forget_warnings(monkeypatch)
+    failing_launches(monkeypatch, 2)
+    with pytest.warns(RuntimeWarning, match=r"^lars_step: falling back to the portable path"):
+        step()
+    failing_launches(monkeypatch, 10)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda *_: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda *_: 1)
+    with pytest.raises(RuntimeError, match=r"^lars_step: the kernel could not be launched on rank"):
+        step()
+    monkeypatch.setattr(launch, "capturing", lambda device: True)
+    with pytest.raises(RuntimeError, match=r"^lars_step: .* use the optimizer, LARS\(\.\.\., capt"):
+        step()
