@@ -37,8 +37,8 @@ def l2norm(
     tensors,  # int64 [n_tensors, TENSOR_WORDS]
     groups,  # float64 [n_groups, GROUP_WORDS]
     arrivals,  # int32 [n_tensors], zero between launches
-    partials,  # float64 [n_slots, 3]
-    sums,  # float64 [n_tensors, 3]: w², (s·g)², d²
+    partials,  # float64 [n_slots, SUM_WORDS]
+    sums,  # float64 [n_tensors, SUM_WORDS]: w², (s·g)², d²
     grad_scale,  # float32 [1]
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,

@@ -37,6 +37,9 @@ _KEEP = tl.constexpr(layout.KEEP)
 _DECAY = tl.constexpr(layout.DECAY)
 _TRUST = tl.constexpr(layout.TRUST)
 _EPS = tl.constexpr(layout.EPS)
+_RATIO = tl.constexpr(layout.RATIO)
+_RATE = tl.constexpr(layout.RATE)
+_RATIO_WORDS = tl.constexpr(layout.RATIO_WORDS)
 _ADAPT = tl.constexpr(layout.ADAPT)
 _MAXIMIZE = tl.constexpr(layout.MAXIMIZE)
 _NESTEROV = tl.constexpr(layout.NESTEROV)
@@ -128,8 +131,9 @@ def trust_ratio(w2, norm2, loaded, switches, lr):
 @triton.jit
 def store_stats(ratios, tensor, ratio, lr):
     """Keep the trust ratio and the effective learning rate for layer_stats()."""
-    tl.store(ratios + 2 * tensor, tl.abs(ratio))
-    tl.store(ratios + 2 * tensor + 1, tl.abs(ratio) * lr)
+    row = ratios + _RATIO_WORDS * tensor
+    tl.store(row + _RATIO, tl.abs(ratio))
+    tl.store(row + _RATE, tl.abs(ratio) * lr)
 
 
 @triton.jit

@@ -79,9 +79,9 @@ def lars_step(
     watch,  # int64 [2]: whether every launch began at ticket 0
     arrivals,  # int32 [n_tensors]: chunks of the tensor summed so far, zero between launches
     flags,  # int64 [n_tensors]: (epoch, ratio) as published
-    partials,  # float64 [n_slots, 3]
-    sums,  # float64 [n_tensors, 3]: w², g², d², kept for layer_stats()
-    ratios,  # float64 [n_tensors, 2]: trust ratio and effective learning rate, likewise
+    partials,  # float64 [n_slots, SUM_WORDS]
+    sums,  # float64 [n_tensors, SUM_WORDS]: w², g², d², kept for layer_stats()
+    ratios,  # float64 [n_tensors, RATIO_WORDS]: trust ratio and effective learning rate, likewise
     grad_scale,  # float32 [1]: gradients are divided by it
     found_inf,  # float32 [1]: non-zero skips the step
     n_items,

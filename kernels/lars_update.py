@@ -28,7 +28,7 @@ from .lars_rule import (
 )
 from .memory import chunk_span
 from .queue import TICKET_BITS, TICKET_MASK, as_published, unpack_item, watch_start
-from .sums import D2, G2, W2
+from .sums import D2, G2, SUM_WORDS, W2
 
 _W_AT = tl.constexpr(layout.W_AT)
 _G_AT = tl.constexpr(layout.G_AT)
@@ -52,8 +52,8 @@ def lars_update(
     groups,  # float64 [n_groups, GROUP_WORDS]
     counter,  # int64 [1]: (epoch << 32) | programs started
     watch,  # int64 [2]: whether every launch began at ticket 0
-    sums,  # float64 [n_tensors, 3]
-    ratios,  # float64 [n_tensors, 2]
+    sums,  # float64 [n_tensors, SUM_WORDS]
+    ratios,  # float64 [n_tensors, RATIO_WORDS]
     grad_scale,  # float32 [1]
     found_inf,  # float32 [1]: non-zero skips the step
     CHUNK: tl.constexpr,
@@ -90,10 +90,10 @@ def lars_update(
             copy_address = tl.load(row + _COPY_AT)
         numel, row_flags = tl.load(row + _NUMEL), tl.load(row + _FLAGS)
         start, count, whole = chunk_span(numel, row_flags, chunk, CHUNK, BLOCK)
-        w2 = tl.load(sums + 3 * tensor + W2)
+        w2 = tl.load(sums + SUM_WORDS * tensor + W2)
         switches = load_switches(options)
         used = G2 + (D2 - G2) * uses_decayed_norm(switches).to(tl.int64)
-        norm2 = tl.load(sums + 3 * tensor + used)
+        norm2 = tl.load(sums + SUM_WORDS * tensor + used)
         loaded = ratio_options(options)
         lr = learning_rate(rate_words(options), switches)
         factor = gradient_factor(switches, inverse_scale(grad_scale))

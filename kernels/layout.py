@@ -7,6 +7,8 @@ may use constexpr globals alone, so each file of kernels wraps the names that it
     items     int64 [n]                 kind | tensor << 2 | group << 24 | chunk << 40
     tensors   int64 [n, TENSOR_WORDS]   a tensor: addresses in bytes (0: there is none) and sizes
     groups    float64 [n, GROUP_WORDS]  a parameter group: its hyper-parameters
+    sums      float64 [n, SUM_WORDS]    of a tensor, or of one of its chunks ("slot")
+    ratios    float64 [n, RATIO_WORDS]  of a tensor, kept for layer_stats()
     counter   int64 [1]                 epoch << 32 | next ticket
     watch     int64 [2]                 last epoch whose first ticket was drawn; the one that lost
                                         work, or 0
@@ -32,6 +34,9 @@ DENOMINATORS = {"sum": 0, "decayed": 1 << 7, "gradient": 1 << 8}
 
 # A slot of partial sums, and a row of the sums of all tensors: float64 sums of w², (s·g)² and d².
 W2, G2, D2 = range(3)
+SUM_WORDS = 3
+RATIO, RATE = range(2)  # the trust ratio q, and the effective learning rate γq
+RATIO_WORDS = 2
 
 # Item kinds are two bits: a norm, an update, or both by one program.
 NORM, UPDATE = 1, 2
@@ -61,7 +66,12 @@ def pack_item(kind: int, tensor: int, chunk: int, group: int = 0) -> int:
         raise ValueError(f"group index must be in [0, {MAX_GROUPS}), got {group}")
     if not 0 <= chunk < MAX_CHUNKS:
         raise ValueError(f"chunk index must be in [0, {MAX_CHUNKS}), got {chunk}")
-    return kind | tensor << TENSOR_SHIFT | group << GROUP_SHIFT | chunk << CHUNK_SHIFT
+    return item_word(kind, tensor, group) | chunk << CHUNK_SHIFT
+
+
+def item_word(kind: int, tensor: int, group: int) -> int:
+    """The item of a tensor's first chunk, unchecked; each further chunk adds 1 << CHUNK_SHIFT."""
+    return kind | tensor << TENSOR_SHIFT | group << GROUP_SHIFT
 
 
 def unpack_item(item):  # type: ignore[no-untyped-def]

@@ -31,6 +31,7 @@ SUM_CEILING = tl.constexpr(2.0**120)
 W2 = tl.constexpr(layout.W2)
 G2 = tl.constexpr(layout.G2)
 D2 = tl.constexpr(layout.D2)
+SUM_WORDS = tl.constexpr(layout.SUM_WORDS)
 
 # Turns of LANES slots that the last arriver of a tensor loads at a time.
 PARTIAL_TURNS = tl.constexpr(8)
@@ -217,9 +218,9 @@ def chunk_square_sums(
 @triton.jit
 def store_triple(table, row, w2, g2, d2):
     """Put three sums into row `row` of a table: a chunk's slot, or a tensor's result."""
-    tl.store(table + 3 * row + W2, w2)
-    tl.store(table + 3 * row + G2, g2)
-    tl.store(table + 3 * row + D2, d2)
+    tl.store(table + SUM_WORDS * row + W2, w2)
+    tl.store(table + SUM_WORDS * row + G2, g2)
+    tl.store(table + SUM_WORDS * row + D2, d2)
 
 
 @triton.jit
@@ -240,7 +241,7 @@ def sum_partials(
         for turn in tl.static_range(PARTIAL_TURNS):
             slot = done + turn * LANES + lane
             mask = slot < chunks
-            at = partials + 3 * (first_slot + slot)
+            at = partials + SUM_WORDS * (first_slot + slot)
             a += tl.load(at + one, mask=mask, other=0.0, cache_modifier=".cg")
             b += tl.load(at + other, mask=mask, other=0.0, cache_modifier=".cg")
         done += PARTIAL_TURNS * LANES

@@ -108,9 +108,9 @@ class LaunchTables:
         self.watch = torch.zeros(layout.WATCH_WORDS, dtype=torch.int64, **on)
         self.arrivals = torch.zeros(n, dtype=torch.int32, **on)
         self.flags = torch.zeros(n, dtype=torch.int64, **on)
-        self.partials = torch.full((slots, 3), torch.nan, dtype=torch.float64, **on)
-        self.sums = torch.zeros(n, 3, dtype=torch.float64, **on)
-        self.ratios = torch.ones(n, 2, dtype=torch.float64, **on)
+        self.partials = torch.full((slots, layout.SUM_WORDS), torch.nan, dtype=torch.float64, **on)
+        self.sums = torch.zeros(n, layout.SUM_WORDS, dtype=torch.float64, **on)
+        self.ratios = torch.ones(n, layout.RATIO_WORDS, dtype=torch.float64, **on)
         self.one = torch.ones(1, dtype=torch.float32, **on)
         self.zero = torch.zeros(1, dtype=torch.float32, **on)
         self.norm_items = self.update_items = self.items[:0]

@@ -41,13 +41,12 @@ import torch
 from ..kernels.layout import (
     BOTH,
     CHUNK_SHIFT,
-    GROUP_SHIFT,
     MAX_CHUNKS,
     MAX_GROUPS,
     MAX_TENSORS,
     NORM,
-    TENSOR_SHIFT,
     UPDATE,
+    item_word,
     unpack_item,
 )
 
@@ -177,7 +176,7 @@ class _Tape:
     def add(self, kind: int, tensor: int, first: int = 0, n: int | None = None) -> None:
         """``n`` chunks of a tensor from ``first`` on, or all; updates from the last one down."""
         n = self.counts[tensor] - first if n is None else n
-        word = kind | tensor << TENSOR_SHIFT | self.groups[tensor] << GROUP_SHIFT
+        word = item_word(kind, tensor, self.groups[tensor])
         start, step = (first + n - 1, -1) if kind == UPDATE else (first, 1)
         self.runs.append((word, start, step, n))
         self.length += n
