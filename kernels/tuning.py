@@ -54,32 +54,24 @@ _MEASURED = "bench/results/tuning (one H200: sweep, policies and orders); other 
 # 0.7 of an L2 can be used, and w and g are two thirds of what a group of tensors spans with v.
 WINDOW_SHARE = 0.47
 
+_SM = Row(
+    chunk=4096, block=2048, threads=128, lanes=128, num_warps=4, programs=4,
+    order="ahead", lag=1.0, window=None, hold="evict_last", evict="evict_first",
+    poll_atomic=False, backoff=200, launches=1, step_registers=104, mixed_registers=102,
+    update_registers=64,
+    record=_MEASURED,
+)  # fmt: skip
+
 ROWS = {
     # The longest prefix of an architecture's name wins.
-    "sm": Row(
-        chunk=4096, block=2048, threads=128, lanes=128, num_warps=4, programs=4,
-        order="ahead", lag=1.0, window=None, hold="evict_last", evict="evict_first",
-        poll_atomic=False, backoff=200, launches=1, step_registers=104, mixed_registers=102,
-        update_registers=64,
-        record=_MEASURED,
-    ),
+    "sm": _SM,
     # With 104 registers ptxas for sm_80 waits for most of the next item's word; with 112 it does
     # not, and no case spills (compiled, walked).
-    "sm_8": Row(
-        chunk=4096, block=2048, threads=128, lanes=128, num_warps=4, programs=4,
-        order="ahead", lag=1.0, window=None, hold="evict_last", evict="evict_first",
-        poll_atomic=False, backoff=200, launches=1, step_registers=112, mixed_registers=112,
-        update_registers=64,
-        record=_PREDICTED,
-    ),
+    "sm_8": _SM._replace(step_registers=112, mixed_registers=112, record=_PREDICTED),
     # ptxas for sm_100 spills with blocks of 2,048 at every cap that four programs leave room for.
     # With blocks of 1,024 and a cap of 112 no case does (compiled).
-    "sm_10": Row(
-        chunk=4096, block=1024, threads=128, lanes=128, num_warps=4, programs=4,
-        order="ahead", lag=1.0, window=None, hold="evict_last", evict="evict_first",
-        poll_atomic=False, backoff=200, launches=1, step_registers=112, mixed_registers=112,
-        update_registers=64,
-        record=_PREDICTED,
+    "sm_10": _SM._replace(
+        block=1024, step_registers=112, mixed_registers=112, record=_PREDICTED,
     ),
     # Spinning in a loop has known compiler bugs on AMD (README, "Two launches").
     "gfx": Row(
