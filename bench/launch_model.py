@@ -49,6 +49,14 @@ class Timing:
     update_block: int = 265  # counted
     tail_turns: int = 8  # turns of a tail whose loads are in flight together
     next_item: int = 0  # walk: exposed latency of the next item's word
+    held_sums: int = 300  # walk of lars_resident: sums -> arrival, less what is counted next
+    held_norm: int = 440  # counted: a warp's instructions from a copy's wait to the arrival
+    held_update: int = 430  # counted: from there to the last store of the update
+    held_end: int = 250  # counted: from there to the next copy, sent for
+    held_publish: int = 1150  # walk: the last arrival's answer -> ratio published, without loads
+    held_after: int = 150  # walk: from there to the next step
+    held_wait: int = 280  # walk: exposed latency of the rows of the steps to come
+    fence: int = 500  # assumed
 
 
 # The kernel of commit 2d9ca03: row, sign and decay one after the other, everything before the data.
@@ -57,6 +65,14 @@ BEFORE = Timing(
     arrive=1700, publish=4200, both=2600, norm_block=210, tail_turns=1, next_item=386,
 )  # fmt: skip
 NOW = Timing()
+
+
+def simulate_resident(
+    plan: Plan, numels: Sequence[int], gpu: Gpu, *, chunk: int, per_sm: int, slots: int,
+    timing: Timing = NOW,
+) -> Traffic:  # fmt: skip
+    """Run one step's items of order "resident" in fp32, by programs that hold `slots` chunks."""
+    return _Resident(plan, numels, gpu, chunk, per_sm, slots, timing).run()
 
 
 def simulate(
@@ -114,7 +130,7 @@ class _Launch:
         self.queue: list[tuple[float, int]] = []
 
     def run(self) -> Traffic:
-        programs = [self._program(n % self.gpu.multiprocessors) for n in range(self.programs)]
+        programs = [self._program(n) for n in range(self.programs)]
         self.queue = [(0.0, n) for n in range(self.programs)]
         now = 0.0
         for program in programs:
@@ -142,18 +158,19 @@ class _Launch:
 
     def _access(self, now: float, key: int, n: int, update: bool) -> float:
         """When the data of one block is there."""
-        cache, early = self.cache, self.evict and update
-        w, g, v = (n * size for size in self.sizes)
+        return self._move(now, key, n, "wgv" if update else "wg", "wv" if update else "")
+
+    def _move(self, now: float, key: int, n: int, reads: str, writes: str) -> float:
+        """Read some operands of a block and write some: when what was read is there."""
+        cache, early = self.cache, self.evict and bool(writes)
+        size = {name: n * each for name, each in zip("wgv", self.sizes, strict=True)}
         before, read_before = cache.read + cache.written, cache.read
-        cache.touch(3 * key, w, early=early)
-        cache.touch(3 * key + 1, g, early=early)
-        if update:
-            cache.touch(3 * key + 2, v, early=early)
+        for name in reads:
+            cache.touch(3 * key + "wgv".index(name), size[name], early=early)
         missed = cache.read > read_before
-        if update:
-            cache.touch(3 * key, w, write=True, early=early)
-            cache.touch(3 * key + 2, v, write=True, early=early)
-        through_l2 = max(w + g + v, w + v) if update else w + g
+        for name in writes:
+            cache.touch(3 * key + "wgv".index(name), size[name], write=True, early=early)
+        through_l2 = max(sum(size[name] for name in x) for x in (reads, writes))
         moved = cache.read + cache.written - before
         self.dram_free = max(now, self.dram_free) + moved / self.gpu.dram_tbps * 1e-6
         self.l2_free = max(now, self.l2_free) + through_l2 / self.gpu.l2_tbps * 1e-6
@@ -179,8 +196,8 @@ class _Launch:
         steps = -(-n // (self.threads * self.timing.tail_turns))
         return (steps - 1) * self.timing.l2 * self.us
 
-    def _program(self, sm: int) -> Iterator[float | Wait]:
-        t, us = self.timing, self.us
+    def _program(self, number: int) -> Iterator[float | Wait]:
+        t, us, sm = self.timing, self.us, number % self.gpu.multiprocessors
         now = yield 0.0
         now = yield now + t.start * us
         for kind, tensor, index in self.items:
@@ -226,3 +243,64 @@ class _Launch:
             now = yield there
             now = yield self._compute(now, sm, t.update_block, n)
         return (yield now + t.update_end * us)
+
+
+class _Resident(_Launch):
+    """A launch of `lars_resident`: each program goes through its items step by step."""
+
+    def __init__(
+        self, plan: Plan, numels: Sequence[int], gpu: Gpu, chunk: int, per_sm: int, slots: int,
+        timing: Timing,
+    ) -> None:  # fmt: skip
+        super().__init__(plan, numels, gpu, chunk, chunk, per_sm, 128, True, (4, 4, 4), timing)
+        self.work, self.lag = list(self.items), slots - 1
+
+    def _program(self, number: int) -> Iterator[float | Wait]:
+        t, us, sm = self.timing, self.us, number % self.gpu.multiprocessors
+        own = self.work[number :: self.programs]
+        now = yield 0.0
+        now = yield now + t.start * us
+        momentum = now
+        there = [self._read(now, item, "wg") for item in own[:2]]
+        for step in range(len(own) + self.lag if own else 0):
+            kind, tensor, _ = own[step] if step < len(own) else (0, 0, 0)
+            old = own[step - self.lag] if step >= self.lag else (0, 0, 0)
+            answer = now
+            if kind & NORM:
+                n = self._blocks(*own[step][1:])[0][1]
+                now = yield max(now, there[step]) + self._tail(n)
+                now = yield self._compute(now, sm, t.held_norm, n)
+                now = yield now + (t.held_sums + t.fence) * us
+                answer = now + (t.arrive - t.fence) * us
+            if old[0] & UPDATE:
+                ((key, n),) = self._blocks(*old[1:])
+                if not self.published[old[1]]:
+                    now = yield "ratio", old[1]
+                    now = yield now + t.poll / 2 * us
+                now = yield max(now, momentum) + self._tail(n)
+                now = yield self._compute(now, sm, t.held_update, n)
+                self._move(now, key, n, "", "wv")
+            now = yield self._compute(now, sm, t.held_end, 2048)
+            if step + 2 < len(own):
+                there.append(self._read(now, own[step + 2], "wg"))
+            before = step + 1 - self.lag
+            if 0 <= before < len(own) and own[before][0] & UPDATE:
+                chunk = own[before]
+                whole = self._blocks(*chunk[1:])[0][1] == self.block
+                momentum = self._read(now, chunk, "v" if whole else "wgv")
+            now = yield now + t.held_wait * us
+            if kind & NORM:
+                now = yield max(now, answer)
+                self.to_come[tensor] -= 1
+                if self.to_come[tensor] == 0:
+                    batches = 1 + chunk_count(self.numels[tensor], self.chunk) // 1024
+                    trip = batches * t.l2 * us
+                    now = yield now + t.held_publish * self.cycle_us + trip
+                    self._publish(tensor, now)
+                    now = yield now + t.held_after * self.cycle_us
+        yield now
+
+    def _read(self, now: float, item: tuple[int, int, int], operands: str) -> float:
+        """Send for operands of an item's chunk: when they are there."""
+        ((key, n),) = self._blocks(*item[1:])
+        return self._move(now, key, n, operands, "")

@@ -117,7 +117,7 @@ def _latency(op: str) -> int:
 
 
 def _parse(text: str) -> tuple[str, str, list[str]]:
-    found = re.match(r"(?:@!?(U?P\d) )?\s*([\w.]+)\s*(.*)", text)
+    found = re.match(r"(?:@!?(U?P[\dT]) )?\s*([\w.]+)\s*(.*)", text)
     assert found, text
     return found[1] or "", found[2], re.split(r",\s*(?![^\[]*\])", found[3]) if found[3] else []
 
@@ -129,7 +129,9 @@ def _registers(op: str, operands: list[str]) -> tuple[list[str], list[str]]:
         wide = 4
     elif re.search(r"\.64|\.WIDE|^D(ADD|MUL|FMA)|^CS2R", op):
         wide = 2
-    none = ("STG", "STS", "BAR", "BRA", "MEMBAR", "CCTL", "EXIT", "ERRBAR", "CGAERRBAR", "CALL")
+    none = (
+        "STG", "STS", "LDGSTS", "BAR", "BRA", "MEMBAR", "CCTL", "EXIT", "ERRBAR", "CGAERRBAR", "CALL",
+    )  # fmt: skip
     if base in none:
         outputs = 0
     elif base == "ATOMG" or base == "SHFL":

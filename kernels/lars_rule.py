@@ -143,7 +143,7 @@ def direction(w, g, factor, decay):
 
 
 @triton.jit
-def _apply(w, g, v, factor, decay, gain_unit, gain, momentum, keep, nesterov, out):
+def apply_update(w, g, v, factor, decay, gain_unit, gain, momentum, keep, nesterov, out):
     """The update rule for one block: new w and new v."""
     u = direction(w, g, factor, decay) * gain_unit * gain
     v = momentum * v + keep * u
@@ -151,19 +151,41 @@ def _apply(w, g, v, factor, decay, gain_unit, gain, momentum, keep, nesterov, ou
 
 
 @triton.jit
-def update_rule(options, switches, flags, epoch):
+def rule_words(options):
+    """What `update_rule` needs of a group's row: loads of which none waits."""
+    return tl.load(options + _MOMENTUM), tl.load(options + _KEEP), tl.load(options + _DECAY)
+
+
+@triton.jit
+def update_rule(words, switches, flags, epoch):
     """What an update needs besides ratio and γ: μ, 1-τ (1 on the first step), β, nesterov, inside.
 
     `flags`: of the tensor. `inside`: γ is within the momentum buffer.
     """
-    momentum = tl.load(options + _MOMENTUM)
-    keep = tl.load(options + _KEEP)
-    decay = tl.load(options + _DECAY).to(tl.float32)
+    momentum, keep, decay = words
     nesterov = (switches & _NESTEROV) != 0
     inside = (switches & _LR_IN_MOMENTUM) != 0
     fresh = ((flags & _FRESH) != 0) & (epoch == 1)
     keep = tl.where(fresh | (momentum == 0), 1.0, keep).to(tl.float32)
-    return momentum.to(tl.float32), keep, decay, nesterov, inside
+    return momentum.to(tl.float32), keep, decay.to(tl.float32), nesterov, inside
+
+
+@triton.jit
+def update_factors(ratio, lr, decay, inside):
+    """What the elements of a tensor are updated with, in fp32: β, unit, gain, and the factor on v.
+
+    Two factors where one fp32 number cannot hold the gain: a unit near its square root, so that
+    neither product leaves fp32 before the other brings it back; a unit of 1 otherwise.
+    """
+    decay = tl.where(ratio < 0, 0.0, decay)
+    out = tl.where(inside, 1.0, lr).to(tl.float32)
+    gain = tl.abs(ratio) * tl.where(inside, lr, 1.0)
+    unit = tl.where(gain > UNIT_UP, UNIT_UP, tl.where(gain < UNIT_DOWN, UNIT_DOWN, 1.0))
+    back = tl.where(gain > UNIT_UP, UNIT_DOWN, tl.where(gain < UNIT_DOWN, UNIT_UP, 1.0))
+    unit = tl.where(gain > _GAIN_HUGE, _UNIT_HUGE, unit).to(tl.float32)
+    gain *= tl.where(gain > _GAIN_HUGE, 1.0 / _UNIT_HUGE, back)
+    gain = tl.where(gain > _FP32_MAX, _FP32_MAX, gain).to(tl.float32)
+    return decay, unit, gain, out
 
 
 @triton.jit
@@ -195,17 +217,7 @@ def update_chunk(
     COPY_DT None: w is the parameter. Otherwise w is its fp32 master, and the parameter is written
     beside it.
     """
-    decay = tl.where(ratio < 0, 0.0, decay)
-    out = tl.where(inside, 1.0, lr).to(tl.float32)
-    gain = tl.abs(ratio) * tl.where(inside, lr, 1.0)
-    # Two factors where one fp32 number cannot hold the gain: a unit near its square root, so that
-    # neither product leaves fp32 before the other brings it back; a unit of 1 otherwise.
-    unit = tl.where(gain > UNIT_UP, UNIT_UP, tl.where(gain < UNIT_DOWN, UNIT_DOWN, 1.0))
-    back = tl.where(gain > UNIT_UP, UNIT_DOWN, tl.where(gain < UNIT_DOWN, UNIT_UP, 1.0))
-    unit = tl.where(gain > _GAIN_HUGE, _UNIT_HUGE, unit).to(tl.float32)
-    gain *= tl.where(gain > _GAIN_HUGE, 1.0 / _UNIT_HUGE, back)
-    gain = tl.where(gain > _FP32_MAX, _FP32_MAX, gain).to(tl.float32)
-
+    decay, unit, gain, out = update_factors(ratio, lr, decay, inside)
     has_v = v_address != 0
     lane = tl.arange(0, BLOCK)
     w_at = pointer_to(w_address, W_DT, W_ALIGN, EMULATE_BF16)
@@ -215,7 +227,7 @@ def update_chunk(
     block = whole * 0
     while block < whole:
         at = start + element_offset(block, BLOCK)
-        new_w, new_v = _apply(
+        new_w, new_v = apply_update(
             widen(w, W_DT, EMULATE_BF16), widen(g, G_DT, EMULATE_BF16),
             widen(v, V_DT, EMULATE_BF16),
             factor, decay, unit, gain, momentum, keep, nesterov, out,
@@ -233,30 +245,29 @@ def update_chunk(
                 block < whole, BLOCK, W_DT, G_DT, V_DT, W_ALIGN, G_ALIGN, V_ALIGN,
                 EVICT, EMULATE_BF16,
             )  # fmt: skip
-    _update_tail(
-        w_address, g_address, v_address, copy_address, start, whole * BLOCK, count,
-        factor, decay, unit, gain, momentum, keep, nesterov, out,
+    update_tail(
+        tl.arange(0, THREADS), w_address, g_address, v_address, copy_address, start,
+        whole * BLOCK, count, factor, decay, unit, gain, momentum, keep, nesterov, out,
         THREADS, W_DT, G_DT, V_DT, COPY_DT, EMULATE_BF16,
     )  # fmt: skip
 
 
 @triton.jit
-def _update_tail(
-    w_address, g_address, v_address, copy_address, start, done, count,
+def update_tail(
+    thread, w_address, g_address, v_address, copy_address, start, done, count,
     factor, decay, unit, gain, momentum, keep, nesterov, out, THREADS: tl.constexpr,
     W_DT: tl.constexpr, G_DT: tl.constexpr, V_DT: tl.constexpr, COPY_DT: tl.constexpr,
     EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
     """The rest of a chunk, and all of a misaligned one: element by element, some turns at a time.
 
-    Every turn's loads come before the first turn's stores, which the compiler may not reorder: it
-    does not know that they touch other elements.
+    `thread`: 0 to THREADS - 1. Every turn's loads come before the first turn's stores, which the
+    compiler may not reorder: it does not know that they touch other elements.
     """
     w_any = pointer_to(w_address, W_DT, 1, EMULATE_BF16)
     g_any = pointer_to(g_address, G_DT, 1, EMULATE_BF16)
     v_any = pointer_to(v_address, V_DT, 1, EMULATE_BF16)
     has_v = v_address != 0
-    thread = tl.arange(0, THREADS)
     while done < count:
         loaded = ()
         for turn in tl.static_range(TAIL_TURNS):
@@ -269,7 +280,7 @@ def _update_tail(
         for turn in tl.static_range(TAIL_TURNS):
             mask = done + turn * THREADS + thread < count
             at = start + done + turn * THREADS + thread
-            w, v = _apply(
+            w, v = apply_update(
                 widen(loaded[3 * turn], W_DT, EMULATE_BF16),
                 widen(loaded[3 * turn + 1], G_DT, EMULATE_BF16),
                 widen(loaded[3 * turn + 2], V_DT, EMULATE_BF16),

@@ -28,27 +28,23 @@ from .lars_rule import (
     load_switches,
     load_triple,
     rate_words,
-    ratio_options,
-    store_stats,
-    trust_ratio,
+    rule_words,
     update_chunk,
     update_rule,
-    uses_decayed_norm,
 )
+from .last_chunk import finish_tensor
 from .memory import chunk_span
 from .queue import (
     TICKET_BITS,
     TICKET_MASK,
-    as_published,
     ask,
     draw,
-    publish,
     receive,
     unpack_item,
     wait_for_ratio,
     watch_start,
 )
-from .sums import D2, G2, W2, chunk_square_sums, load_pair, store_triple, sum_partials
+from .sums import chunk_square_sums, load_pair, store_triple
 
 _NORM = tl.constexpr(layout.NORM)
 _UPDATE = tl.constexpr(layout.UPDATE)
@@ -137,7 +133,6 @@ def lars_step(
                 w_address, g_address, start, whole > 0,
                 BLOCK, W_DT, G_DT, W_ALIGN, G_ALIGN, HOLD, EMULATE_BF16,
             )  # fmt: skip
-            decayed = uses_decayed_norm(switches)
             decay = tl.load(options + _DECAY).to(tl.float32)
             next_ticket = receive(drawn, THREADS)
             next_item = tl.load(items + next_ticket, mask=next_ticket < todo, other=0)
@@ -152,30 +147,11 @@ def lars_step(
                 # acq_rel: releases this chunk's slot, and acquires all others for the last one.
                 complete = tl.atomic_add(arrivals + tensor, 1, sem="acq_rel") == chunks - 1
             if complete:
-                # Two sums until the ratio is out; the third is for layer_stats() alone.
-                loaded = ratio_options(options)
-                rate = rate_words(options)
-                used = G2 + (D2 - G2) * decayed.to(tl.int64)
-                rest = G2 + D2 - used
-                norm2 = tl.where(decayed, d2, g2)
-                if chunks > 1:
-                    w2, norm2 = sum_partials(
-                        partials, first_slot, chunks, W2, used, LANES, EMULATE_BF16
-                    )
-                lr = learning_rate(rate, switches)
-                ratio = as_published(trust_ratio(w2, norm2, loaded, switches, lr))
-                if kind == _NORM:
-                    publish(flags + tensor, epoch, ratio)
-                if chunks > 1:
-                    tl.store(arrivals + tensor, 0)
-                rest2 = tl.where(decayed, g2, d2)
-                if chunks > 1:
-                    rest2, _ = sum_partials(
-                        partials, first_slot, chunks, rest, rest, LANES, EMULATE_BF16
-                    )
-                g2, d2 = tl.where(decayed, rest2, norm2), tl.where(decayed, norm2, rest2)
-                store_triple(sums, tensor, w2, g2, d2)
-                store_stats(ratios, tensor, ratio, lr)
+                ratio = finish_tensor(
+                    tl.arange(0, LANES), tensor, chunks, first_slot, w2, g2, d2, options, switches,
+                    epoch, kind == _NORM, arrivals, flags, partials, sums, ratios,
+                    False, LANES, EMULATE_BF16,
+                )  # fmt: skip
 
         if (kind & _UPDATE) != 0:
             w, g, v = load_triple(
@@ -185,7 +161,7 @@ def lars_step(
             # Everything else comes while that is on its way; only this item writes this chunk.
             rate = rate_words(options)
             momentum, keep, decay, nesterov, inside = update_rule(
-                options, switches, row_flags, epoch
+                rule_words(options), switches, row_flags, epoch
             )
             if kind == _UPDATE:
                 asked = ask(flags + tensor, POLL_ATOMIC)

@@ -20,6 +20,7 @@ from .lars_rule import (
     load_triple,
     rate_words,
     ratio_options,
+    rule_words,
     store_stats,
     trust_ratio,
     update_chunk,
@@ -97,7 +98,9 @@ def lars_update(
         loaded = ratio_options(options)
         lr = learning_rate(rate_words(options), switches)
         factor = gradient_factor(switches, inverse_scale(grad_scale))
-        momentum, keep, decay, nesterov, inside = update_rule(options, switches, row_flags, epoch)
+        momentum, keep, decay, nesterov, inside = update_rule(
+            rule_words(options), switches, row_flags, epoch
+        )
         ratio = as_published(trust_ratio(w2, norm2, loaded, switches, lr))
         if chunk == 0:
             store_stats(ratios, tensor, ratio, lr)

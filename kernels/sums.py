@@ -38,7 +38,7 @@ PARTIAL_TURNS = tl.constexpr(8)
 
 
 @triton.jit
-def _by_thread(x, BLOCK: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr):
+def by_thread(x, BLOCK: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr):
     """Add up what each thread holds of a block: no thread needs another, and one number is kept.
 
     A block lies over the threads in runs of VECTOR elements, once or several times around. To keep
@@ -59,7 +59,7 @@ def _add3(a0, b0, c0, a1, b1, c1):
 
 
 @triton.jit
-def _sum3(a, b, c, EMULATE_BF16: tl.constexpr):
+def sum3(a, b, c, EMULATE_BF16: tl.constexpr):
     """Sums of three tensors: one trip through shared memory for the three of them.
 
     The interpreter runs a reduction of several tensors element by element, and one sum as a whole.
@@ -70,7 +70,7 @@ def _sum3(a, b, c, EMULATE_BF16: tl.constexpr):
 
 
 @triton.jit
-def _squares(
+def squares(
     w, g, factor, decay, w_unit, g_unit, d_unit, RESCALE: tl.constexpr, W_DT: tl.constexpr,
     G_DT: tl.constexpr, EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
@@ -85,6 +85,38 @@ def _squares(
     if RESCALE:
         w, g, d = w * w_unit, g * g_unit, d * d_unit
     return w * w, g * g, d * d
+
+
+@triton.jit
+def add_tail_squares(
+    w_sum, g_sum, d_sum, thread, w_address, g_address, start, done, count,
+    factor, decay, w_unit, g_unit, d_unit, RESCALE: tl.constexpr, THREADS: tl.constexpr,
+    W_DT: tl.constexpr, G_DT: tl.constexpr, EMULATE_BF16: tl.constexpr,
+):  # fmt: skip
+    """Add the rest of a chunk to the sums, and all of a misaligned one: element by element.
+
+    `thread`: 0 to THREADS - 1, in the layout of the sums.
+    """
+    w_any = pointer_to(w_address, W_DT, 1, EMULATE_BF16)
+    if G_DT is not None:
+        g_any = pointer_to(g_address, G_DT, 1, EMULATE_BF16)
+    while done < count:
+        for turn in tl.static_range(TAIL_TURNS):  # unrolled: their loads are in flight together
+            mask = done + turn * THREADS + thread < count
+            at = start + done + turn * THREADS + thread
+            w_one = tl.load(w_any + at, mask=mask, other=0)
+            g_one = w_one
+            if G_DT is not None:
+                g_one = tl.load(g_any + at, mask=mask, other=0)
+            w2, g2, d2 = squares(
+                w_one, g_one, factor, decay, w_unit, g_unit, d_unit,
+                RESCALE, W_DT, G_DT, EMULATE_BF16,
+            )  # fmt: skip
+            w_sum += w2
+            g_sum += g2
+            d_sum += d2
+        done += TAIL_TURNS * THREADS
+    return w_sum, g_sum, d_sum
 
 
 @triton.jit
@@ -106,41 +138,24 @@ def _sum_squares(
     d_sum = tl.zeros([THREADS], tl.float32)
     block = whole * 0
     while block < whole:
-        w2, g2, d2 = _squares(
+        w2, g2, d2 = squares(
             w, g, factor, decay, w_unit, g_unit, d_unit, RESCALE, W_DT, G_DT, EMULATE_BF16
         )
-        w_sum += _by_thread(w2, BLOCK, THREADS, VECTOR)
-        g_sum += _by_thread(g2, BLOCK, THREADS, VECTOR)
-        d_sum += _by_thread(d2, BLOCK, THREADS, VECTOR)
+        w_sum += by_thread(w2, BLOCK, THREADS, VECTOR)
+        g_sum += by_thread(g2, BLOCK, THREADS, VECTOR)
+        d_sum += by_thread(d2, BLOCK, THREADS, VECTOR)
         block += 1
         if BLOCK < CHUNK:
             w, g = load_pair(
                 w_address, g_address, start + element_offset(block, BLOCK), block < whole,
                 BLOCK, W_DT, G_DT, W_ALIGN, G_ALIGN, HOLD, EMULATE_BF16,
             )  # fmt: skip
-    # The rest, and everything of a misaligned tensor: masked, element by element.
     thread = tl.arange(0, THREADS)
-    w_any = pointer_to(w_address, W_DT, 1, EMULATE_BF16)
-    if G_DT is not None:
-        g_any = pointer_to(g_address, G_DT, 1, EMULATE_BF16)
-    done = whole * BLOCK
-    while done < count:
-        for turn in tl.static_range(TAIL_TURNS):  # unrolled: their loads are in flight together
-            mask = done + turn * THREADS + thread < count
-            at = start + done + turn * THREADS + thread
-            w_one = tl.load(w_any + at, mask=mask, other=0)
-            g_one = w_one
-            if G_DT is not None:
-                g_one = tl.load(g_any + at, mask=mask, other=0)
-            w2, g2, d2 = _squares(
-                w_one, g_one, factor, decay, w_unit, g_unit, d_unit,
-                RESCALE, W_DT, G_DT, EMULATE_BF16,
-            )  # fmt: skip
-            w_sum += w2
-            g_sum += g2
-            d_sum += d2
-        done += TAIL_TURNS * THREADS
-    return _sum3(w_sum, g_sum, d_sum, EMULATE_BF16)
+    w_sum, g_sum, d_sum = add_tail_squares(
+        w_sum, g_sum, d_sum, thread, w_address, g_address, start, whole * BLOCK, count,
+        factor, decay, w_unit, g_unit, d_unit, RESCALE, THREADS, W_DT, G_DT, EMULATE_BF16,
+    )  # fmt: skip
+    return sum3(w_sum, g_sum, d_sum, EMULATE_BF16)
 
 
 @triton.jit
@@ -163,13 +178,13 @@ def _in_range(total):
 
 
 @triton.jit
-def _rescue_unit(total):
+def rescue_unit(total):
     """Power of two that brings a sum of squares back into fp32's range (1 where it is there)."""
     return tl.where(_in_range(total), 1.0, tl.where(total < 1.0, UNIT_UP, UNIT_DOWN))
 
 
 @triton.jit
-def _in_plain_units(total, unit):
+def in_plain_units(total, unit):
     """A sum of squares, in float64, that was taken of elements times `unit`."""
     back = tl.where(unit > 1.0, UNIT_DOWN, tl.where(unit < 1.0, UNIT_UP, 1.0)).to(tl.float64)
     return total.to(tl.float64) * back * back
@@ -193,9 +208,9 @@ def chunk_square_sums(
         w, g, w_address, g_address, start, count, whole, factor, decay, one, one, one,
         False, CHUNK, BLOCK, THREADS, W_DT, G_DT, W_ALIGN, G_ALIGN, HOLD, EMULATE_BF16,
     )  # fmt: skip
-    w_unit = _rescue_unit(w_sum)
-    g_unit = _rescue_unit(g_sum)
-    d_unit = _rescue_unit(d_sum)
+    w_unit = rescue_unit(w_sum)
+    g_unit = rescue_unit(g_sum)
+    d_unit = rescue_unit(d_sum)
     fits = w_unit == 1.0
     if G_DT is not None:  # without g there are no other sums
         fits = fits & (g_unit == 1.0) & (d_unit == 1.0)
@@ -209,9 +224,9 @@ def chunk_square_sums(
             True, CHUNK, BLOCK, THREADS, W_DT, G_DT, W_ALIGN, G_ALIGN, HOLD, EMULATE_BF16,
         )  # fmt: skip
     return (
-        _in_plain_units(w_sum, w_unit),
-        _in_plain_units(g_sum, g_unit),
-        _in_plain_units(d_sum, d_unit),
+        in_plain_units(w_sum, w_unit),
+        in_plain_units(g_sum, g_unit),
+        in_plain_units(d_sum, d_unit),
     )
 
 
@@ -225,17 +240,20 @@ def store_triple(table, row, w2, g2, d2):
 
 @triton.jit
 def sum_partials(
-    partials, first_slot, chunks, one, other, LANES: tl.constexpr, EMULATE_BF16: tl.constexpr
-):
-    """Sums over a tensor's slots of two of their words, W2, G2 or D2 (`layout.py`).
+    partials, lane, first_slot, chunks, one, other, third,
+    THIRD: tl.constexpr, LANES: tl.constexpr, EMULATE_BF16: tl.constexpr,
+):  # fmt: skip
+    """Sums over a tensor's slots of two of their words, W2, G2 or D2 (`layout.py`), or of three.
+
+    `lane`: 0 to LANES - 1, in the layout in which they are added. Without THIRD the third sum is 0.
 
     Always in the same order: the result is bitwise repeatable. Several turns at once, so that their
-    loads are in flight together; two words, because registers for three would split them up. `.cg`
-    reads past L1, which may hold the slots as they were in an earlier step.
+    loads are in flight together, as far as registers allow. `.cg` reads past L1, which may hold the
+    slots as they were in an earlier step.
     """
-    lane = tl.arange(0, LANES)
-    a = tl.zeros([LANES], tl.float64)
-    b = tl.zeros([LANES], tl.float64)
+    a = (lane * 0).to(tl.float64)
+    b = (lane * 0).to(tl.float64)
+    c = (lane * 0).to(tl.float64)
     done = chunks * 0
     while done < chunks:
         for turn in tl.static_range(PARTIAL_TURNS):
@@ -244,9 +262,12 @@ def sum_partials(
             at = partials + SUM_WORDS * (first_slot + slot)
             a += tl.load(at + one, mask=mask, other=0.0, cache_modifier=".cg")
             b += tl.load(at + other, mask=mask, other=0.0, cache_modifier=".cg")
+            if THIRD:
+                c += tl.load(at + third, mask=mask, other=0.0, cache_modifier=".cg")
         done += PARTIAL_TURNS * LANES
     if EMULATE_BF16:
-        a, b = tl.sum(a), tl.sum(b)
-    else:
-        a, b = tl.reduce((a, b), 0, _add2)
-    return a, b
+        return tl.sum(a), tl.sum(b), tl.sum(c)
+    if THIRD:
+        return tl.reduce((a, b, c), 0, _add3)
+    a, b = tl.reduce((a, b), 0, _add2)
+    return a, b, b * 0

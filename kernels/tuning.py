@@ -19,7 +19,8 @@ class Row(NamedTuple):
     programs: int
     """Programs a multiprocessor."""
     order: str
-    """Of the work list: "ahead" or "grouped" (`lars_fused/_engine/plan.py`)."""
+    """Of the work list (`lars_fused/_engine/plan.py`): "ahead" or "grouped" for `lars_step`,
+    "resident" for `lars_resident`, where a block is a whole chunk."""
     lag: float
     """Items between the last norm of a tensor and its first update, as a multiple of the programs
     of all multiprocessors."""
@@ -31,6 +32,8 @@ class Row(NamedTuple):
     evict: str
     """Eviction policy of that second read, and of what the update writes. The momentum is read
     without one: its lines are written a moment later, and a hint cost 2 % of large tensors."""
+    ring: int
+    """Bytes of shared memory in which a program of `lars_resident` holds chunks of w and g."""
     poll_atomic: bool
     """Poll with an atomic read instead of a volatile load."""
     backoff: int
@@ -56,7 +59,7 @@ WINDOW_SHARE = 0.47
 
 _SM = Row(
     chunk=4096, block=2048, threads=128, lanes=128, num_warps=4, programs=4,
-    order="ahead", lag=1.0, window=None, hold="evict_last", evict="evict_first",
+    order="ahead", lag=1.0, window=None, hold="evict_last", evict="evict_first", ring=0,
     poll_atomic=False, backoff=200, launches=1, step_registers=104, mixed_registers=102,
     update_registers=64,
     record=_MEASURED,
@@ -76,7 +79,7 @@ ROWS = {
     # Spinning in a loop has known compiler bugs on AMD (README, "Two launches").
     "gfx": Row(
         chunk=4096, block=2048, threads=256, lanes=128, num_warps=4, programs=4,
-        order="grouped", lag=1.0, window=None, hold="", evict="",
+        order="grouped", lag=1.0, window=None, hold="", evict="", ring=0,
         poll_atomic=True, backoff=0, launches=2, step_registers=None, mixed_registers=None,
         update_registers=None,
         record=_PREDICTED,
@@ -84,29 +87,50 @@ ROWS = {
     # The interpreter's cost is per operation: few, large blocks. Three programs: more than one.
     "interpreter": Row(
         chunk=8192, block=4096, threads=1024, lanes=256, num_warps=4, programs=3,
-        order="ahead", lag=1.0, window=1_000_000, hold="", evict="",
+        order="ahead", lag=1.0, window=1_000_000, hold="", evict="", ring=0,
         poll_atomic=False, backoff=0, launches=1, step_registers=None, mixed_registers=None,
         update_registers=None,
         record="test time on a CPU",
     ),
 }  # fmt: skip
 
+# Rows that wait to be measured: `python -m bench tune` times them before all others, beside the row
+# that is launched. Two programs fill a multiprocessor's shared memory: 228 KB, and 1 KB of it goes
+# to each program.
+CANDIDATES = {
+    "sm_9": _SM._replace(
+        chunk=2048, programs=2, order="resident", ring=7 << 14, record=_PREDICTED,
+    ),
+}  # fmt: skip
 
-def compile_options(kernel: str, row: Row, mixed: bool) -> dict[str, int]:
+
+def compile_options(kernel: str, row: Row, mixed: bool) -> dict[str, int | bool]:
     """Triton's compile options for a kernel; `mixed`: not every tensor is fp32."""
     # FMA contraction is disabled: ptxas would decide it per kernel, and one launch and two could
     # then differ in the last bit.
-    options = {"num_warps": row.num_warps, "enable_fp_fusion": False}
+    options: dict[str, int | bool] = {"num_warps": row.num_warps, "enable_fp_fusion": False}
     step = row.mixed_registers if mixed else row.step_registers
     cap = {"lars_step": step, "lars_update": row.update_registers}.get(kernel)
     if cap is not None:
         options["maxnreg"] = cap
+    if kernel == "lars_resident":  # its programs wait for one another
+        options["launch_cooperative_grid"] = True
     return options
+
+
+def candidate_for(architecture: str) -> Row | None:
+    """The row of an architecture that waits to be measured, if there is one."""
+    return _longest_prefix(CANDIDATES, architecture)
 
 
 def row_for(architecture: str) -> Row:
     """The row of an architecture: "sm_90", "gfx942", "interpreter", or a relative of one."""
-    for length in range(len(architecture), 0, -1):
-        if architecture[:length] in ROWS:
-            return ROWS[architecture[:length]]
+    row = _longest_prefix(ROWS, architecture)
+    if row is not None:
+        return row
     raise KeyError(f"no launch constants for architecture {architecture!r}; known: {list(ROWS)}")
+
+
+def _longest_prefix(rows: dict[str, Row], architecture: str) -> Row | None:
+    lengths = range(len(architecture), 0, -1)
+    return next((rows[architecture[:n]] for n in lengths if architecture[:n] in rows), None)

@@ -32,7 +32,7 @@ class Dtypes(NamedTuple):
 def kernels() -> ModuleType:
     """The kernel modules; ImportError where triton is missing."""
     from .. import kernels
-    from ..kernels import l2norm, lars_step, lars_update, tuning  # noqa: F401
+    from ..kernels import l2norm, lars_resident, lars_step, lars_update, tuning  # noqa: F401
 
     module: ModuleType = kernels
     return module
@@ -99,6 +99,12 @@ def is_mixed(dtypes: Dtypes) -> bool:
     return any(dtype not in (None, torch.float32) for dtype in dtypes)
 
 
+def slots(dtypes: Dtypes, row: Any) -> int:
+    """Chunks of w and g that a program of `lars_resident` holds."""
+    widths = dtypes.w.itemsize + (0 if dtypes.g is None else dtypes.g.itemsize)
+    return int(row.ring // (row.chunk * widths))
+
+
 def constants(dtypes: Dtypes, row: Any, kernel: str, emulate_bf16: bool) -> dict[str, Any]:
     """The compile-time arguments of a kernel, in the order of its signature."""
     import triton.language as tl
@@ -109,6 +115,7 @@ def constants(dtypes: Dtypes, row: Any, kernel: str, emulate_bf16: bool) -> dict
         "BLOCK": row.block,
         "THREADS": row.threads,
         "LANES": row.lanes,
+        "SLOTS": slots(dtypes, row),
         "W_DT": names[dtypes.w],
         "G_DT": None if dtypes.g is None else names[dtypes.g],
         "V_DT": names[dtypes.v],

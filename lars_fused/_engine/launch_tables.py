@@ -81,6 +81,7 @@ class LaunchTables:
             window=window,
             lag=int(programs * self.row.lag),
             order=self.row.order,
+            span=(launch.slots(dtypes, self.row) - 2) * programs,
             bytes_per_element=dtypes.w.itemsize + (0 if dtypes.g is None else dtypes.g.itemsize),
         )
         self.launches = _launches(self.row.launches)
@@ -230,7 +231,8 @@ class LaunchTables:
             self.flags, self.partials, self.sums, self.ratios, grad_scale, found_inf,
             self.items.numel(),
         )  # fmt: skip
-        launch.run("lars_step", self.programs, args, self.dtypes, self.row, self.device)
+        name = "lars_resident" if self.row.order == "resident" else "lars_step"
+        launch.run(name, self.programs, args, self.dtypes, self.row, self.device)
 
     def norms(self, scaling: Scaling) -> None:
         """The first of two launches: fill `sums`."""

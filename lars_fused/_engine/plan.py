@@ -23,6 +23,11 @@ smaller S fill the time that A's updates would wait, A's updates do the same for
 elements spans at most 12T bytes of fp32 w, g and v even if updated data stays in cache, but where
 tensors are large a group is one tensor, and every program waits for its last norm.
 
+``resident``: for programs that keep w and g in shared memory between sums and update, each taking
+every so-maniest item (`kernels/lars_resident.py`). Tensor after tensor: a ``BOTH`` item for each
+chunk that can be held until the tensor's last norm is done (``span``), and for those before them a
+``NORM`` item, and an ``UPDATE`` item behind the rest.
+
 Updates run backwards: the chunk read last is read again first, which saves what is still cached
 where not all of it is.
 """
@@ -87,13 +92,14 @@ def make_plan(
     lag: int,
     bytes_per_element: int,
     order: str = "ahead",
+    span: int = 0,
 ) -> Plan:
     """Order the work of one step.
 
     ``groups``: parameter group of each tensor, all 0 by default. ``chunk``: elements of one item.
     ``window``: bytes of w and g that a group of ``grouped`` may span. ``lag``: items between the
-    last norm of a tensor and its first update. ``bytes_per_element``: of w and g together. Empty
-    tensors get no item.
+    last norm of a tensor and its first update. ``bytes_per_element``: of w and g together.
+    ``span``: chunks of one tensor that ``resident`` may hold. Empty tensors get no item.
     """
     groups = [0] * len(numels) if groups is None else groups
     _check(numels, adapt, groups, chunk, window, lag, bytes_per_element, order)
@@ -108,7 +114,9 @@ def make_plan(
     both.sort(key=lambda i: (-numels[i], i))
 
     tape = _Tape(counts, groups, deque(both))
-    if order == "grouped":
+    if order == "resident":
+        _resident(tape, sorted(-i for _, i in multi), span)
+    elif order == "grouped":
         _grouped(tape, multi, window // (chunk * bytes_per_element), lag)
     else:
         _ahead(tape, sorted(-i for _, i in multi), lag)
@@ -137,6 +145,15 @@ def _ahead(tape: _Tape, tensors: list[int], lag: int) -> None:
     for i, due in pending:
         tape.fill(due - tape.length)
         tape.add(UPDATE, i)
+
+
+def _resident(tape: _Tape, tensors: list[int], span: int) -> None:
+    for i in tensors:
+        held = min(tape.counts[i], span)
+        twice = tape.counts[i] - held
+        tape.add(NORM, i, 0, twice)
+        tape.add(BOTH, i, twice, held)
+        tape.add(UPDATE, i, 0, twice)
 
 
 def _grouped(tape: _Tape, ascending: list[tuple[int, int]], room: int, lag: int) -> None:
@@ -226,8 +243,8 @@ def _check(
         )
     if len(numels) > MAX_TENSORS:
         raise ValueError(f"at most {MAX_TENSORS} tensors fit one plan, got {len(numels)}")
-    if order not in ("ahead", "grouped"):
-        raise ValueError(f'order must be "ahead" or "grouped", got {order!r}')
+    if order not in ("ahead", "grouped", "resident"):
+        raise ValueError(f'order must be "ahead", "grouped" or "resident", got {order!r}')
     if min(chunk, bytes_per_element) < 1 or min(window, lag) < 0:
         raise ValueError(
             "chunk and bytes_per_element must be at least 1, window and lag at least 0, "

@@ -57,7 +57,7 @@ class Driver(DriverBase):
             load_binary=self._load, get_device_properties=lambda _: {"max_shared_mem": 232_448}
         )
         self.launcher_cls = self._launcher
-        self.in_memory: list[dict[Any, Any]] = [{}, {}, {}]  # by kernel, as triton keeps them
+        self.in_memory: list[dict[Any, Any]] = [{} for _ in _kernels()]  # as triton keeps them
         self.in_launch: dict[Any, Any] = {}  # as the package keeps them
         self._loading: dict[str, str] = {}
         self.begin()

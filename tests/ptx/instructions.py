@@ -318,6 +318,38 @@ def _atomic(parts: list[str], args: list[str]) -> Effect:
     return effect
 
 
+def _copy_async(args: list[str]) -> Effect:
+    """cp.async from global to shared memory: so many bytes, zeros beyond those of the source."""
+    target, source, size = _address(args[0]), _address(args[1]), int(args[2], 0)
+    given = reader(args[3], TYPES["u32"]) if len(args) > 3 else None
+    count = size // 4
+
+    def effect(cta: Any, group: slice, mask: Array) -> None:
+        taking = cta.taking(group, mask)
+        there = np.full(cta.lanes(group), True) if given is None else given(cta, group) == size
+        if given is not None and ((given(cta, group) % size)[taking] != 0).any():
+            raise Unknown("cp.async of a part of its source")
+        to, at = target(cta, group), source(cta, group)
+
+        def copy() -> None:
+            found = np.zeros((cta.lanes(group), count), "u4")
+            chosen = taking & there
+            found[chosen] = cta.memory("global").read(at[chosen], np.dtype("u4"), count)
+            cta.memory("shared").write(to[taking], found[taking])
+
+        cta.copies(group).begin(copy)
+
+    return effect
+
+
+def _copy_order(parts: list[str], args: list[str]) -> Effect:
+    """cp.async.commit_group, cp.async.wait_group n."""
+    if parts[-1] == "commit_group":
+        return lambda cta, group, mask: cta.copies(group).commit()
+    left = int(args[0], 0)
+    return lambda cta, group, mask: cta.copies(group).wait(left)
+
+
 def _shuffle(mode: str, args: list[str]) -> Effect:
     """shfl.sync: each thread gets the value of the lane of its warp that differs by a mask (bfly),
     or that it names (idx).
@@ -360,6 +392,9 @@ def compile_instruction(opcode: str, text: str) -> Effect | None:
     if name in ("ld", "st", "atom", "cvt", "setp"):
         makers = {"ld": _load, "st": _store, "atom": _atomic, "cvt": _cvt, "setp": _setp}
         return makers[name](parts, args)
+    if opcode.startswith("cp.async."):
+        order = parts[-1] in ("commit_group", "wait_group")
+        return _copy_order(parts, args) if order else _copy_async(args)
     if name == "shfl" and kept[0] == "sync" and kept[1] in ("bfly", "idx"):
         return _shuffle(kept[1], args)
     if opcode == "redux.sync.add.s32":

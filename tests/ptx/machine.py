@@ -12,7 +12,8 @@ from __future__ import annotations
 import ctypes
 import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,12 +130,40 @@ class Kernel:
             block.code.append((predicate, negated, effect))
 
 
+class Copies:
+    """Asynchronous copies of one group of threads: begun, committed, done when waited for.
+
+    `early`: done when begun. Hardware may do them at any time between the two.
+    """
+
+    def __init__(self, early: bool) -> None:
+        self._early = early
+        self._begun: list[Callable[[], None]] = []
+        self._committed: list[list[Callable[[], None]]] = []
+
+    def begin(self, copy: Callable[[], None]) -> None:
+        if self._early:
+            copy()
+        else:
+            self._begun.append(copy)
+
+    def commit(self) -> None:
+        self._committed.append(self._begun)
+        self._begun = []
+
+    def wait(self, left: int) -> None:
+        """Until at most `left` of the commits are not done: the oldest are done first."""
+        while len(self._committed) > left:
+            for copy in self._committed.pop(0):
+                copy()
+
+
 class Program:
     """One CTA: registers, shared memory and where each thread stands."""
 
     def __init__(
         self, kernel: Kernel, number: int, grid: int, parameters: Sequence[Any], memory: Memory,
-        shared: int,
+        shared: int, early_copies: bool,
     ) -> None:  # fmt: skip
         self.kernel, self.number, self.grid = kernel, number, grid
         self.parameters, self._global = parameters, memory
@@ -145,6 +174,7 @@ class Program:
         self._shared = Memory([(start + -start % 16, max(shared, 1))])
         self._shared.ends -= self._shared.starts  # shared addresses begin at zero
         self._shared.starts[:] = 0
+        self._copies: dict[int, Copies] = defaultdict(lambda: Copies(early_copies))
         self.at = np.zeros(kernel.threads, int)
         self.waiting = np.zeros(kernel.threads, bool)
         self.done = np.zeros(kernel.threads, bool)
@@ -171,6 +201,9 @@ class Program:
 
     def memory(self, space: str) -> Memory:
         return self._global if space == "global" else self._shared
+
+    def copies(self, group: slice) -> Copies:
+        return self._copies[group.start]
 
     @staticmethod
     def lanes(group: slice) -> int:
@@ -221,7 +254,8 @@ class Program:
 
 def launch(
     kernel: Kernel, grid: int, parameters: Sequence[int], memory: Memory, shared: int, *,
-    resident: int = 3, seed: int = 0, by_warp: bool = False, most_turns: int = 2_000_000,
+    resident: int = 3, seed: int = 0, by_warp: bool = False, early_copies: bool = False,
+    most_turns: int = 2_000_000,
 ) -> None:  # fmt: skip
     """Run all programs of a launch, at most `resident` at the same time, in random turns."""
     draw = random.Random(f"schedule {seed}")  # small seeds alone begin alike
@@ -232,7 +266,7 @@ def launch(
     with np.errstate(all="ignore"):
         while True:
             while len(running) < resident and (number := next(to_come, None)) is not None:
-                program = Program(kernel, number, grid, values, memory, shared)
+                program = Program(kernel, number, grid, values, memory, shared, early_copies)
                 running.append(program.run(draw, by_warp))
             if not running:
                 return
