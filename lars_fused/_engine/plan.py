@@ -73,8 +73,7 @@ def chunk_count(numel: int, chunk: int) -> int:
 
 def unpack_items(items: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Kinds, tensor indices and chunk indices of packed items, each int64."""
-    kinds, tensors, chunks = unpack_item(items)
-    return kinds, tensors, chunks
+    return unpack_item(items)
 
 
 def make_plan(
