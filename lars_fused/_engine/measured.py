@@ -58,7 +58,9 @@ class Measured(NamedTuple):
         return found
 
     def _results(self, now: StepTensors | None) -> list[tuple[list[int], Tensor, Tensor]]:
-        found = [(index, tables.sums, tables.ratios) for index, tables in self.launches]
+        found = [
+            (index, tables.memory.sums, tables.memory.ratios) for index, tables in self.launches
+        ]
         of_torch = [part.results(now) for part in self.torch_parts]
         return found + [result for result in of_torch if result is not None]
 

@@ -22,10 +22,11 @@ from ..options import Options
 from . import fallback, graph_pool, launch, partition, replicas, sharding, wrapped
 from .fallback import Label
 from .graph_pool import GraphPool
-from .launch_tables import Contents, LaunchTables
+from .launch_tables import LaunchTables
 from .measured import Measured
 from .new_state import StepState
 from .partition import LaunchKey
+from .schedule import Contents
 from .tensors import Fingerprint, Scaling, StepTensors, fingerprint, places
 from .torch_part import TorchPart
 
@@ -251,9 +252,9 @@ class PreparedStep:
         found = []
         for part in parts:
             if self._shards.among(part.index):
-                part.tables.sums.zero_()  # no item writes the row of an empty shard
+                part.tables.memory.sums.zero_()  # no item writes the row of an empty shard
                 part.tables.norms(scaling.on(part.tables.device))
-                found.append((part.index, part.tables.sums))
+                found.append((part.index, part.tables.memory.sums))
         own = {}
         for torch_part in self._torch_parts:
             sums = torch_part.square_sums(tensors, self._groups, options, scaling)
