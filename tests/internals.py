@@ -32,7 +32,7 @@ kernels = launch.kernels  # the modules of `kernels/`; ImportError without trito
 
 
 def _last_step(optimizer: LARS) -> PreparedStep:
-    ((step, _, _),) = optimizer._engine.last
+    ((step, *_),) = optimizer._engine.last
     return step
 
 
@@ -96,7 +96,7 @@ def step_of(
     grads, nothing = list(g), [None] * len(w)
     state = StepState(list(w), list(w), list(v), nothing, [True] * len(w))
     step = PreparedStep(state, grads, [0] * len(w), [options], "triton", str)
-    seen = step.see(grads)
+    seen = step.see(grads, step.addresses)
     assert seen is not None
     return (
         lambda found_inf: step.run(seen, [options], Scaling(None, found_inf)),

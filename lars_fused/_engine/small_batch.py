@@ -36,7 +36,7 @@ def row_length(numel: int) -> int:
 
 
 class Run(NamedTuple):
-    """Adjacent tensors that agree in options, in first step, and in having a buffer."""
+    """Adjacent tensors that agree in options, and in having a buffer."""
 
     tensors: slice  # of the batch
     rows: slice

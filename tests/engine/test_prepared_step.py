@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lars_fused import LARS
+from lars_fused._engine.prepared_step import plan_facts
 from lars_fused._engine.tensors import Scaling
 from tests.tools import make_grads, make_params
 
@@ -22,8 +23,8 @@ def stepped(backend, **options):
     set_grads(params, 0)
     optimizer.step()
     engine = optimizer._engine
-    ((step, _, _),) = engine.last
-    return params, optimizer, step, engine._options
+    ((step, *_),) = engine.last
+    return params, optimizer, step, engine._hyper.options
 
 
 def set_grads(params, seed):
@@ -32,8 +33,8 @@ def set_grads(params, seed):
 
 
 def fits(step, params, options):
-    seen = step.see([p.grad for p in params])
-    return seen is not None and step.matches(seen, options)
+    seen = step.see([p.grad for p in params], step.addresses)
+    return seen is not None and step.matches(seen, plan_facts(options))
 
 
 def test_new_gradients_and_rates_match(backend):
@@ -76,9 +77,9 @@ def test_asking_changes_nothing(backend):
     set_grads(params, 1)
     set_grads(others, 2)
     mine, theirs = ([p.grad for p in ps] for ps in (params, others))
-    seen = step.see(mine)
-    assert step.matches(seen, options)
-    step.matches(step.see(theirs), options)
+    seen = step.see(mine, step.addresses)
+    assert step.matches(seen, plan_facts(options))
+    step.matches(step.see(theirs, step.addresses), plan_facts(options))
     before = [p.detach().clone() for p in params]
     with torch.no_grad():
         step.run(seen, options, Scaling())

@@ -26,7 +26,7 @@ _engine.small_batch _engine.large_tensor _engine.foreach
 _engine.fused
 _engine.torch_step
 _engine.torch_part
-_engine.wrapped _engine.measured _engine.fallback
+_engine.parameters _engine.wrapped _engine.measured _engine.fallback
 _engine.prepared_step
 _engine.engine
 functional norms groups schedule layer_stats
