@@ -14,12 +14,13 @@ from torch import Tensor
 
 from .. import options as table
 from ..options import Options, Settings
-from . import graph_pool, launch, new_state, parameters, rank_check, validate
+from . import graph_pool, launch, new_state, parameters, partition, rank_check, validate
 from .graph_pool import GraphPool
 from .measured import Measured, Row
 from .members import Layers, Origins
 from .new_state import State
 from .parameters import Groups
+from .partition import Choice
 from .prepared_step import PreparedStep, plan_facts
 from .tensors import Addresses, Scaling, Seen, StepTensors
 
@@ -284,6 +285,13 @@ class Engine:
             return {self.settings.backend}
         devices = {p.device for group in groups for p in group["params"]}
         return {"torch" if launch.why_not(device) else "triton" for device in devices}
+
+    def report(self, groups: Groups) -> list[str]:
+        """Which backends updated the tensors of the last step, and why, in words."""
+        found: dict[int, Choice] = {}
+        for step, where, *_ in self.last:
+            found |= {where[i]: choice for i, choice in step.choices().items()}
+        return partition.report(found, lambda i: self._params.name(i, groups))
 
     def stats(self) -> dict[int, Row]:
         """Each parameter's N(w), N(g), N(d), q and γq in the last step. Synchronises."""

@@ -26,6 +26,11 @@ ROW = 256
 _Value = TypeVar("_Value")
 
 
+def expressible(o: Options) -> bool:
+    """Whether its operations can express the options."""
+    return o.denominator != "decayed" or o.decay_zero_norm
+
+
 def objection(
     w: Tensor, g: Tensor, v: Tensor | None, copy: Tensor | None, options: Options
 ) -> str | None:
@@ -43,7 +48,7 @@ def objection(
         return "it is empty"
     if v is not None and options.momentum == 0:
         return "it has a buffer but no momentum"
-    if options.denominator == "decayed" and not options.decay_zero_norm:
+    if not expressible(options):
         return "whether it decays depends on N(g + βw)"
     return None
 

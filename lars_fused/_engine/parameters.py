@@ -30,11 +30,19 @@ class Parameters:
 
     def label(self, i: int, groups: Groups) -> str:
         """The prefix of a message about one parameter."""
+        where, name = self._place(i, groups)
+        return validate.describe(where, self.flat[i], name)
+
+    def name(self, i: int, groups: Groups) -> str:
+        """Its name, or where there are none, its place."""
+        where, name = self._place(i, groups)
+        return name or where
+
+    def _place(self, i: int, groups: Groups) -> tuple[str, str | None]:
         g = self.group_of[i]
         at = i - self.group_of.index(g)
         names = groups[g].get("param_names")
-        name = names[at] if names else None
-        return validate.describe(f"param_groups[{g}]['params'][{at}]", self.flat[i], name)
+        return f"param_groups[{g}]['params'][{at}]", names[at] if names else None
 
 
 NONE = Parameters([], [], [], [])

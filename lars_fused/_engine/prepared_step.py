@@ -15,17 +15,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ..options import Options
-from . import fallback, graph_pool, launch, partition, replicas, sharding, torch_step, wrapped
+from . import fallback, foreach, graph_pool, launch, partition, replicas, sharding, wrapped
 from .fallback import Label
 from .graph_pool import GraphPool
 from .launch_tables import LaunchTables
 from .measured import Measured
 from .new_state import StepState
-from .partition import LaunchKey
+from .partition import Choice, LaunchKey
 from .schedule import Contents
 from .tensors import Addresses, Scaling, Seen, StepTensors, basis, see
 from .torch_part import TorchPart
@@ -122,12 +121,7 @@ class PreparedStep:
     def gradients_are_zero(self, seen: Seen) -> bool:
         """Whether every gradient is 0, on all ranks that share them. Waits for the device."""
         moving = any(bool(torch.any(g != 0)) for g in seen.tensors.grads)
-        device = self.state.params[0].device
-        for group, _ in self._shards.groups():
-            flag = torch.full((1,), float(moving), device=device)
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
-            moving = bool(flag)
-        return not moving
+        return not self._shards.on_any_rank(moving, self.state.params[0].device)
 
     # --------------------------------------------------------------------- the step
 
@@ -289,6 +283,13 @@ class PreparedStep:
         found = {"triton"} if self._kernel_parts else set()
         return found | ({"torch"} if self._torch_parts else set())
 
+    def choices(self) -> dict[int, Choice]:
+        """Which backend updates each tensor, and why."""
+        found = {i: Choice("triton") for part in self._kernel_parts for i in part.index}
+        for part in self._torch_parts:
+            found |= part.choices(self._reasons)
+        return dict(sorted(found.items()))
+
     @property
     def tables(self) -> list[LaunchTables]:
         """The tables of each kernel launch."""
@@ -310,4 +311,4 @@ class PreparedStep:
 
 def plan_facts(options: Sequence[Options]) -> list[tuple[bool, ...]]:
     """Options that the plan depends on; changing others only changes numbers in a table."""
-    return [(o.adapt, o.momentum != 0, o.dampening != 0, torch_step.depends_on(o)) for o in options]
+    return [(o.adapt, o.momentum != 0, o.dampening != 0, foreach.expressible(o)) for o in options]

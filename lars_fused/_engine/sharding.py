@@ -200,6 +200,14 @@ class Shards:
         """Pairs (process group, the tensors whose sums it reduces), in the order of use."""
         return [(group, list(x.at)) for x in self._exchanges for group in x.groups]
 
+    def on_any_rank(self, here: bool, device: torch.device) -> bool:
+        """Whether something is true on a rank that shares a tensor. Waits for the device."""
+        for group, _ in self.groups():
+            flag = torch.full((1,), float(here), device=device)
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
+            here = bool(flag)
+        return here
+
     def add_up(self, tables: Sequence[tuple[list[int], Tensor]], options: Sequence[Any]) -> None:
         """Turn local rows [N(w)², N(g)², N(d)²] into those of whole layers.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from ..options import Options
 from . import decayed_norm, torch_step
 from . import tensors as step_tensors
+from .partition import Choice
 from .tensors import Scaling, StepTensors
 
 
@@ -167,13 +168,17 @@ class TorchPart:
         scale = scaling.grad_scale
         return 1.0 if scale is None else scale.to(self.device).double()
 
-    def reasons(self) -> tuple[dict[str, list[int]], dict[int, str]]:
-        """The tensors of each backend; and why the reference has those that it has."""
-        parts, why = self._step.division
-        return (
-            {name: [self.index[i] for i in part] for name, part in parts.items()},
-            {self.index[i]: reason for i, reason in why.items()},
-        )
+    def choices(self, not_in_kernels: Mapping[int, str]) -> dict[int, Choice]:
+        """Which backend updates each tensor, given why the kernels do not."""
+        offered, parts, reasons = self._step.division
+        found = {}
+        for name, part in parts.items():
+            for at in part:
+                i = self.index[at]
+                refused = [("triton", not_in_kernels[i])]
+                refused += [(offered, reasons[at])] if at in reasons else []
+                found[i] = Choice(name, tuple(refused))
+        return found
 
     def steps_taken(self) -> int:
         """How many steps found_inf did not skip. Synchronises if necessary."""

@@ -21,48 +21,47 @@ from .small_batch import numbers
 REFERENCE = "reference"
 Column = Sequence[Tensor | None]
 _Objection = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Options], str | None]
-_OBJECTIONS: dict[str, _Objection] = {"fused": fused.objection, "foreach": foreach.objection}
+_OBJECTIONS: dict[str, _Objection] = {
+    "fused": fused.objection,
+    "foreach": foreach.objection,
+    REFERENCE: lambda *_: None,  # it can update every tensor
+}
 Table = Tensor | Sequence[Sequence[float]]
 """Squared norms by tensor, on the host as numbers or on the device."""
 
 
 class Division(NamedTuple):
-    """Which backend updates which tensors, and why."""
+    """Which backend updates which tensors of one device, and why."""
 
+    offered: str
+    """The backend that comes before the reference."""
     parts: dict[str, list[int]]
     reasons: dict[int, str]
-    """Of each tensor that the reference updates: why the backend of its device does not."""
+    """Why it does not update each of those that it leaves to the reference."""
 
 
 def divide(
     weights: Sequence[Tensor], grads: Sequence[Tensor], buffers: Column, copies: Column,
     options: Sequence[Options], backend: str | None = None,
 ) -> Division:  # fmt: skip
-    """Assign every tensor to a backend. `backend`: tried instead of the device's own."""
+    """Assign every tensor to a backend. `backend`: offered to instead of the device's own."""
+    offered = backend or ("fused" if weights[0].device.type == "cpu" else "foreach")
     parts: dict[str, list[int]] = {}
     reasons: dict[int, str] = {}
+    objection = _OBJECTIONS[offered]
     for i, w in enumerate(weights):
-        offered = backend or ("fused" if w.device.type == "cpu" else "foreach")
-        if offered == REFERENCE:
-            reason: str | None = f"backend={REFERENCE!r} was requested"
-        else:
-            reason = _OBJECTIONS[offered](w, grads[i], buffers[i], copies[i], options[i])
+        reason = objection(w, grads[i], buffers[i], copies[i], options[i])
         if reason is not None:
             reasons[i] = reason
         parts.setdefault(offered if reason is None else REFERENCE, []).append(i)
-    return Division(parts, reasons)
-
-
-def depends_on(o: Options) -> bool:
-    """What of the options a division depends on, beside whether there is momentum."""
-    return o.denominator == "decayed" and not o.decay_zero_norm
+    return Division(offered, parts, reasons)
 
 
 class Prepared(NamedTuple):
     """What steps of tensors like some that were shown can share. Holds none of the tensors.
 
-    It serves as long as shapes, strides, dtypes, devices and `depends_on` stay the same, and
-    tensors that share an `Options` object go on sharing one.
+    It serves as long as shapes, strides, dtypes, devices and `foreach.expressible` stay the same,
+    and tensors that share an `Options` object go on sharing one.
     """
 
     division: Division

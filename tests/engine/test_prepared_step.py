@@ -51,6 +51,15 @@ def test_an_option_that_the_plan_depends_on_does_not_match(change, backend):
     assert not fits(step, params, [options[0]._replace(**{change: value})])
 
 
+def test_options_that_decide_between_backends_do_not_match(backend):
+    """With both, whether a tensor decays depends on N(g + βw), which foreach does not express."""
+    params, _, step, (o,) = stepped(backend)
+    assert fits(step, params, [o._replace(denominator="decayed")])
+    assert fits(step, params, [o._replace(decay_zero_norm=False)])
+    both = o._replace(denominator="decayed", decay_zero_norm=False)
+    assert not fits(step, params, [both])
+
+
 @pytest.mark.parametrize("what", ["missing", "strides", "dtype", "sparse", "memory"])
 def test_what_the_checks_relied_on_does_not_match(what, backend):
     params, _, step, options = stepped(backend)

@@ -83,7 +83,7 @@ def test_every_option_on_every_backend(backend, name):
     torch.testing.assert_close(ratios, true_ratios, rtol=1e-6, atol=0)
     check_sums(sums, true_sums, [o] * n, 1e-5)
     assert bits(g) == before, "a gradient was written"
-    parts, _ = torch_step.divide(w, g, v, [None] * n, [o] * n, backend)
+    parts = torch_step.divide(w, g, v, [None] * n, [o] * n, backend).parts
     assert list(parts) == [backend], "another backend took some of the tensors"
 
 
@@ -160,7 +160,7 @@ def test_what_a_backend_objects_to_goes_to_the_reference_in_the_same_step():
     w[3] = base[:, ::2]
     untouched = base[:, 1::2].clone()
     n, first, o = 6, [False] * 6, Options(**TERMS)
-    parts, reasons = torch_step.divide(w, g, v, [None] * n, [o] * n)
+    _, parts, reasons = torch_step.divide(w, g, v, [None] * n, [o] * n)
     assert parts == {"fused": [0, 4, 5], "reference": [1, 2, 3]}
     assert reasons == {
         1: "its momentum is float64, the tensor torch.float32",
