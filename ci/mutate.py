@@ -289,7 +289,7 @@ FAULTS = [
     Fault("an option without its word", "cpu", "options_table:word or row", OPTIONS,
           '"weight decay", layout.DECAY', '"weight decay", layout.EPS'),
     Fault("positional hyper-parameters taken", "cpu", "options_table:positional", CALLERS,
-          "if len(args) > 2:", "if len(args) > 5:"),
+          "        if extra:", "        if extra[3:]:"),
     # The seams of the engine, and what stands beside it.
     Fault("seam: momentum above 1 allowed", "cpu", "contract/bad_input:is_refused_with", OPTIONS,
           "layout.MOMENTUM, largest=1.0", "layout.MOMENTUM, largest=2.0"),

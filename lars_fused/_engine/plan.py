@@ -34,7 +34,6 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -199,10 +198,14 @@ class _Tape:
 
 @functools.lru_cache(maxsize=64)
 def cached_plan(
-    numels: tuple[int, ...], adapt: tuple[bool, ...], groups: tuple[int, ...], **sizes: Any
-) -> Plan:
+    numels: tuple[int, ...], adapt: tuple[bool, ...], groups: tuple[int, ...], *, chunk: int,
+    window: int, lag: int, bytes_per_element: int, order: str,
+) -> Plan:  # fmt: skip
     """`make_plan`, once for equal tensors."""
-    return make_plan(numels, adapt, groups, **sizes)
+    return make_plan(
+        numels, adapt, groups, chunk=chunk, window=window, lag=lag,
+        bytes_per_element=bytes_per_element, order=order,
+    )  # fmt: skip
 
 
 def _check(

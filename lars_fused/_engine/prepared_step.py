@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..options import Options
@@ -78,7 +79,6 @@ class PreparedStep:
         self._shards = sharding.Shards(state.params)
         divided = partition.divide(tensors, backend, launch.why_not)
         fallback.report(divided, backend, label, caller)
-        self._reasons = divided.reasons
         self._numels = [w.numel() for w in tensors.weights]
         self._kernel_parts = [
             _KernelPart(
@@ -88,9 +88,11 @@ class PreparedStep:
             for key, index in divided.launches.items()
         ]  # fmt: skip
         self._torch_parts = [
-            TorchPart(index, tensors, groups, options, state.fresh, bool(self._shards))
+            TorchPart(
+                index, tensors, groups, options, state.fresh, divided.reasons, bool(self._shards)
+            )
             for index in divided.rest.values()
-        ]
+        ]  # fmt: skip
         for i in divided.wrapped:
             wrapped.rehearse(tensors, i, options[groups[i]], label)
         self._written = [p for p in state.params if not p.is_inference()]
@@ -241,8 +243,10 @@ class PreparedStep:
         fallback.warn_once(self._caller, reason)
         begun = part.tables.steps_taken() > 0
         fresh = [first and not begun for first in self.state.fresh]
-        self._reasons |= dict.fromkeys(part.index, reason)
-        self._torch_parts.append(TorchPart(part.index, tensors, self._groups, options, fresh))
+        reasons = dict.fromkeys(part.index, reason)
+        self._torch_parts.append(
+            TorchPart(part.index, tensors, self._groups, options, fresh, reasons)
+        )
         self._kernel_parts = [p for p in self._kernel_parts if p.index is not part.index]
 
     def _norms_of_whole_layers(
@@ -272,7 +276,7 @@ class PreparedStep:
 
     # ---------------------------------------------------------------- after a step
 
-    def split_over(self) -> list[tuple[object, set[int]]]:
+    def split_over(self) -> list[tuple[dist.ProcessGroup | None, set[int]]]:
         """Pairs (process group, `id` of the parameters that it splits), in the order of use."""
         params = self.state.params
         return [(group, {id(params[i]) for i in at}) for group, at in self._shards.groups()]
@@ -287,7 +291,7 @@ class PreparedStep:
         """Which backend updates each tensor, and why."""
         found = {i: Choice("triton") for part in self._kernel_parts for i in part.index}
         for part in self._torch_parts:
-            found |= part.choices(self._reasons)
+            found |= part.choices()
         return dict(sorted(found.items()))
 
     @property

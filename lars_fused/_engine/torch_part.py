@@ -90,7 +90,8 @@ class TorchPart:
 
     def __init__(
         self, index: list[int], tensors: StepTensors, groups: Sequence[int],
-        options: Sequence[Options], first: Sequence[bool], split: bool = False,
+        options: Sequence[Options], first: Sequence[bool], reasons: Mapping[int, str],
+        split: bool = False,
     ):  # fmt: skip
         """Divide the tensors and plan their steps; nothing is written.
 
@@ -100,9 +101,11 @@ class TorchPart:
             groups: for each tensor, its index into `options`.
             options: hyper-parameters of each group.
             first: for each tensor, whether its next step is its first.
+            reasons: for each of `index`, why the kernels do not update it.
             split: `square_sums` will be called, for tensors that other ranks share.
         """
         mine = tensors.select(index)
+        self._reasons = reasons
         self.index, self.device = index, mine.weights[0].device
         self._progress = _Progress(self.device, [first[i] for i in index])
         own = [options[groups[i]] for i in index]
@@ -168,14 +171,14 @@ class TorchPart:
         scale = scaling.grad_scale
         return 1.0 if scale is None else scale.to(self.device).double()
 
-    def choices(self, not_in_kernels: Mapping[int, str]) -> dict[int, Choice]:
-        """Which backend updates each tensor, given why the kernels do not."""
+    def choices(self) -> dict[int, Choice]:
+        """Which backend updates each tensor, and why."""
         offered, parts, reasons = self._step.division
         found = {}
         for name, part in parts.items():
             for at in part:
                 i = self.index[at]
-                refused = [("triton", not_in_kernels[i])]
+                refused = [("triton", self._reasons[i])]
                 refused += [(offered, reasons[at])] if at in reasons else []
                 found[i] = Choice(name, tuple(refused))
         return found

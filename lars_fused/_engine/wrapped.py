@@ -55,7 +55,7 @@ def _step_of_copies(
         each(one.copies), one.masters,
     )  # fmt: skip
     weight = tensors.weights[0]
-    part = TorchPart([0], tensors, [0], [options], [True])
+    part = TorchPart([0], tensors, [0], [options], [True], {})
     part.run(tensors, [0], [options], Scaling(), None, None)
     return _plain(weight)
 

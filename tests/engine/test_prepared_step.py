@@ -9,6 +9,7 @@ import torch
 from lars_fused import LARS
 from lars_fused._engine.prepared_step import plan_facts
 from lars_fused._engine.tensors import Scaling
+from tests import internals
 from tests.tools import make_grads, make_params
 
 pytestmark = [pytest.mark.cpu, pytest.mark.interpret]
@@ -98,6 +99,36 @@ def test_asking_changes_nothing(backend):
     optimizer.step()
     assert all(map(torch.equal, params, twins))
     assert not any(map(torch.equal, before, params))
+
+
+def test_a_step_leaves_what_was_prepared_as_it_was(backend):
+    """Nothing is remembered from the last call: other gradients, another rate, another scale."""
+    params, optimizer, step, _ = stepped(backend)
+    parts = [step, *step._torch_parts]
+    before = [dict(vars(part)) for part in parts]
+    set_grads(params, 1)
+    optimizer.param_groups[0]["lr"] = 0.3
+    optimizer.grad_scale = torch.tensor(2.0)
+    optimizer.step()
+    assert optimizer._engine.last[0].step is step
+    assert (backend == "torch") == (len(parts) == 2)
+    for part, held in zip(parts, before, strict=True):
+        assert vars(part).keys() == held.keys()
+        assert [name for name, value in vars(part).items() if value is not held[name]] == []
+
+
+def test_what_a_skipped_step_measured_is_what_the_step_before_did(backend, monkeypatch):
+    """Also where another pattern of gradients was stepped between them."""
+    internals.keep_found_inf_from_the_host(monkeypatch)
+    params, optimizer, _, _ = stepped(backend)
+    before = optimizer.layer_stats()
+    params[0].grad = None
+    optimizer.step()
+    set_grads(params, 3)
+    optimizer.found_inf = torch.ones(1)
+    optimizer.step()
+    after = optimizer.layer_stats()
+    assert [row[:2] for row in after.values()] == [row[:2] for row in before.values()]
 
 
 def test_no_gradient_is_kept_alive(backend):
