@@ -130,7 +130,8 @@ def _registers(op: str, operands: list[str]) -> tuple[list[str], list[str]]:
     elif re.search(r"\.64|\.WIDE|^D(ADD|MUL|FMA)|^CS2R", op):
         wide = 2
     none = (
-        "STG", "STS", "LDGSTS", "BAR", "BRA", "MEMBAR", "CCTL", "EXIT", "ERRBAR", "CGAERRBAR", "CALL",
+        "STG", "STS", "LDGSTS", "BAR", "BRA", "MEMBAR", "CCTL", "EXIT", "ERRBAR", "CGAERRBAR",
+        "CALL",
     )  # fmt: skip
     if base in none:
         outputs = 0

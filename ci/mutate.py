@@ -46,18 +46,18 @@ STEP, RULE, MEMORY, QUEUE, SUMS, L2, UPDATE, TUNING = (
         "lars_step", "lars_rule", "memory", "queue", "sums", "l2norm", "lars_update", "tuning",
     )
 )  # fmt: skip
-ENGINE, STEPPED, STATE, TORCH_PART, PARTITION, CHK, PLAN, TABLES, POOL, PORTABLE = (
+ENGINE, STEPPED, STATE, TORCH_PART, PARTITION, CHK, PLAN, TABLES, POOL, PORTABLE, TENSORS = (
     f"lars_fused/_engine/{n}.py"
     for n in (
         "engine", "prepared_step", "new_state", "torch_part", "partition", "validate", "plan",
-        "launch_tables", "graph_pool", "portable",
+        "launch_tables", "graph_pool", "portable", "tensors",
     )
 )  # fmt: skip
-RATES, FUSED, SMALL, LARGE, DECAYED, RANKS, MEMBERS, CALLERS, QUEUE_STATE, WARNED = (
+RATES, FUSED, SMALL, LARGE, DECAYED, RANKS, MEMBERS, CALLERS, QUEUE_STATE, WARNED, PARAMS = (
     f"lars_fused/_engine/{n}.py"
     for n in (
         "rates", "fused", "small_batch", "large_tensor", "decayed_norm", "rank_check", "members",
-        "callers", "queue_state", "fallback",
+        "callers", "queue_state", "fallback", "parameters",
     )
 )  # fmt: skip
 REF, OPT, OPTIONS, CKPT, MONITOR = (
@@ -160,12 +160,12 @@ FAULTS = [
     Fault("reference: pieces leave out their last", "cpu", "reference:piece_by_piece", PORTABLE,
           "for at in range(0, shape[dim], step):", "for at in range(0, shape[dim] - 1, step):"),
     Fault("torch: each step is the first", "cpu", HISTORY, TORCH_PART,
-          "self._first, self._taken = [False] * len(self.index), self._taken + 1",
-          "self._taken = self._taken + 1"),
+          "self._first, self._certain = [False] * len(self._first), self._certain + 1",
+          "self._certain = self._certain + 1"),
     Fault("torch: found_inf ignored", "cpu", "contract/amp:only_the_device", TORCH_PART,
-          "            if float(flag) != 0:\n                return\n", ""),
+          "            if float(flag) != 0:\n                return before\n", ""),
     Fault("torch: dampening ignored", "cpu", EVERY_BACKEND, RATES,
-          "1.0 if first or not has_buffer else 1.0 - o.dampening", "1.0"),
+          "whole * (1.0 - o.dampening) if has_buffer else whole", "whole"),
     Fault("torch: zero norms always decay", "cpu", "engine/torch_step:floats", RATES,
           "raw = decay if o.decay_zero_norm else 0.0", "raw = decay"),
     Fault("torch: ratio never clipped", "cpu", EVERY_BACKEND, RATES,
@@ -197,8 +197,8 @@ FAULTS = [
     Fault("shared memory not noticed", "cpu", "contract/refusals:cannot_be_updated", CHK,
           "            if stride < reach:\n                return True",
           "            if stride < 0:\n                return True"),
-    Fault("replaced state not compared", "cpu", "contract/storage:state_", STEPPED,
-          "or places(seen.tensors) == self._places",
+    Fault("replaced state not compared", "cpu", "contract/storage:state_", TENSORS,
+          "or places(seen.tensors) == self.places",
           "or True"),
     Fault("lr tensor of any size allowed", "cpu", "contract/options:lr_tensor", OPTIONS,
           "if value.numel() != 1:",
@@ -209,8 +209,8 @@ FAULTS = [
     Fault("checkpoint shapes not compared", "cpu", LOADING, CKPT,
           "if value.shape != p.shape:", "if False:"),
     Fault("interrupted launch kept", "interpret", "contract/environment:interrupted", ENGINE,
-          "self._prepared, self.last = {}, []",
-          "pass"),
+          "            self.prepared.clear()\n            self.last = []\n            raise",
+          "            raise"),
     Fault("falling back warns every time", "interpret", FALLBACK, WARNED,
           "if reason not in _warned:", "if True:"),
     Fault("tables made in inference mode", "interpret", "contract/training:inference", ENGINE,
@@ -262,10 +262,10 @@ FAULTS = [
     Fault("two launches: decay of the wrong half", "ptx", BITWISE, UPDATE,
           "used = G2 + (D2 - G2)",
           "used = D2 + (G2 - D2)"),
-    Fault("a prepared step matches any dtype", "cpu", "engine/prepared_step:relied_on", STEPPED,
-          "or seen.fingerprint[1:] != self._known[1:]", "or False"),
+    Fault("a prepared step matches any dtype", "cpu", "engine/prepared_step:relied_on", TENSORS,
+          "if seen.fingerprint[1:] != self.fingerprint[1:]:", "if False:"),
     Fault("a prepared step ignores the plan's options", "cpu", "engine/prepared_step:plan_depends",
-          STEPPED, "if plan_facts(options) != self._plan_facts", "if False"),
+          STEPPED, "facts == self._plan_facts and ", ""),
     Fault("replaced state tensors not noticed", "cpu", "engine/prepared_step:put_in_place", STATE,
           "return all(map(is_, now, held))", "return True"),
     Fault("dtypes share a launch", "cpu", "engine/partition:one_launch", PARTITION,
@@ -289,7 +289,7 @@ FAULTS = [
     Fault("an option without its word", "cpu", "options_table:word or row", OPTIONS,
           '"weight decay", layout.DECAY', '"weight decay", layout.EPS'),
     Fault("positional hyper-parameters taken", "cpu", "options_table:positional", CALLERS,
-          "if len(args) > 2:", "if len(args) > 5:"),
+          "        if extra:", "        if extra[3:]:"),
     # The seams of the engine, and what stands beside it.
     Fault("seam: momentum above 1 allowed", "cpu", "contract/bad_input:is_refused_with", OPTIONS,
           "layout.MOMENTUM, largest=1.0", "layout.MOMENTUM, largest=2.0"),
@@ -304,7 +304,7 @@ FAULTS = [
     Fault("seam: tensors without momentum join any launch", "cpu", "engine/partition:join_no",
           PARTITION, "and other[1]._replace(v=dtypes.v) == dtypes", ""),
     Fault("seam: a prepared step matches any memory", "cpu", "engine/prepared_step:relied_on",
-          STEPPED, "or places(seen.tensors) == self._places", "or True"),
+          TENSORS, "or places(seen.tensors) == self.places", "or True"),
     Fault("seam: new state is not committed", "cpu", "engine/new_state:once_it_is_committed", STATE,
           "state[self.params[new.at]][new.key] = new.value", "pass"),
     Fault("seam: state is committed anew at each step", "cpu", "engine/new_state:committed", STATE,
@@ -336,7 +336,7 @@ FAULTS = [
     Fault("seam: excluded tensors are decayed", "cpu", "contract/members:one_switch", ENGINE,
           "o._replace(adapt=False, weight_decay=0.0)", "o._replace(adapt=False)"),
     Fault("seam: biases known by name are not excluded", "cpu", "contract/members:one_switch",
-          ENGINE, " or (ndim >= 1 and names and is_bias(names[i]))", ""),
+          PARAMS, " or (exclude_ndim >= 1 and names and is_bias(names[i]))", ""),
     Fault("seam: Lightning is told that scales are read", "cpu",
           "contract/grad_scaler:lightning_may", CALLERS, "not in _UNSCALE", "is not _UNSCALE"),
 ]  # fmt: skip

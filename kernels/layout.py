@@ -15,6 +15,18 @@ may use constexpr globals alone, so each file of kernels wraps the names that it
     flags     int64 [n]                 epoch << 48 | the trust ratio's top 48 bits, once published
 """
 
+from typing import Protocol, TypeVar
+
+
+class _Bits(Protocol):
+    """An int, or a tensor of them."""
+
+    def __and__(self: "Word", other: int, /) -> "Word": ...
+    def __rshift__(self: "Word", other: int, /) -> "Word": ...
+
+
+Word = TypeVar("Word", bound=_Bits)
+
 # A tensor's row.
 W_AT, G_AT, V_AT, COPY_AT, NUMEL, SLOT, GROUP, FLAGS = range(8)
 TENSOR_WORDS = 8
@@ -74,6 +86,6 @@ def item_word(kind: int, tensor: int, group: int) -> int:
     return kind | tensor << TENSOR_SHIFT | group << GROUP_SHIFT
 
 
-def unpack_item(item):  # type: ignore[no-untyped-def]
+def unpack_item(item: Word) -> tuple[Word, Word, Word]:
     """Kind, tensor and chunk of an item: of an int, or elementwise of a tensor of items."""
     return item & BOTH, (item >> TENSOR_SHIFT) & (MAX_TENSORS - 1), item >> CHUNK_SHIFT

@@ -118,6 +118,20 @@ def compile_options(kernel: str, row: Row, mixed: bool) -> dict[str, int | bool]
     return options
 
 
+def slots(row: Row, bytes_per_element: int) -> int:
+    """Chunks of w and g that the ring of a program of `lars_resident` has room for."""
+    return row.ring // (row.chunk * bytes_per_element)
+
+
+def held_steps(row: Row, bytes_per_element: int) -> int:
+    """Steps over which the chunks of one tensor may be summed, so that all can be held.
+
+    A program's chunk is updated `slots` - 1 steps after it was summed, and by then the whole tensor
+    must have been summed in steps before that one.
+    """
+    return max(0, slots(row, bytes_per_element) - 2)
+
+
 def candidate_for(architecture: str) -> Row | None:
     """The row of an architecture that waits to be measured, if there is one."""
     return _longest_prefix(CANDIDATES, architecture)

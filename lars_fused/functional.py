@@ -107,7 +107,7 @@ def lars_step(
         scaling = Scaling(grad_scale, found_inf)
         if scaling.skips_for_certain():
             return
-        seen = step.see([*grads])
+        seen = step.see([*grads], step.addresses)
         assert seen is not None, "every gradient was checked"
         step.run(seen, [options], scaling)
     if momentum != 0:

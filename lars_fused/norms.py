@@ -11,7 +11,8 @@ from torch import Tensor
 
 from . import options as table
 from ._engine import launch, sharding, torch_step, validate
-from ._engine.launch_tables import Contents, LaunchTables
+from ._engine.launch_tables import LaunchTables
+from ._engine.schedule import Contents
 from ._engine.tensors import Addresses, Scaling
 from .options import Options
 
@@ -106,7 +107,7 @@ def _why_not(device: torch.device) -> str | None:
 def _sums_of_squares(device: torch.device, dtype: torch.dtype, tensors: list[Tensor]) -> Tensor:
     """One launch. Tables of the most recent lists of shapes are cached: gradients recur."""
     numels = tuple(t.numel() for t in tensors)
-    row = launch.kernels().tuning.row_for(launch.architecture(device)[0])
+    row = launch.target(device).row
     works = _kept.__dict__.setdefault("works", {})
     # Removed from the cache while in use: tables left behind by an exception are not reused.
     work = works.pop((device, dtype, numels, row), None)
@@ -118,11 +119,11 @@ def _sums_of_squares(device: torch.device, dtype: torch.dtype, tensors: list[Ten
         with torch.inference_mode(False), torch.no_grad():
             contents = Contents(numels, never, (0,) * n, never, 1)
             work = LaunchTables(device, dtypes, contents, halves=True)
-        work.set_groups(_NORM_OPTIONS)
     nothing = [0] * n
-    work.point(Addresses([t.data_ptr() for t in tensors], nothing, nothing, nothing))
+    addresses = Addresses([t.data_ptr() for t in tensors], nothing, nothing, nothing)
+    work.fill(addresses, _NORM_OPTIONS)
     work.norms(Scaling())
-    sums: Tensor = work.sums[:, 0].clone()
+    sums: Tensor = work.memory.sums[:, 0].clone()
     while len(works) >= _KEPT_LISTS:
         works.pop(next(iter(works)))
     works[device, dtype, numels, row] = work

@@ -73,7 +73,7 @@ class LARS(Optimizer):
             For frameworks that make the groups themselves: 1 leaves out what `param_groups` would,
             but for normalisation weights of more dimensions. The groups stay as they are.
         backend: "auto" (kernels wherever they can run, else the portable path), "triton" or
-            "torch"; `optimizer.backend` reports which one is in use.
+            "torch"; `optimizer.backend` reports which one is in use, `backend_report()` why.
 
     State of a parameter: `momentum_buffer`, and `master_param` with master_weights. A first step
     with learning rates of 0 and gradients of 0 only allocates it, which is how
@@ -229,8 +229,26 @@ class LARS(Optimizer):
         """The backend in use: "triton", "torch", or "triton+torch" for a mixture of both.
 
         After a step, the one that ran; before the first step, the one expected for the devices.
+        `backend_report` says which tensors each of them updated, and why.
         """
         return "+".join(sorted(self._engine.backends(self.param_groups), reverse=True))
+
+    def backend_report(self) -> str:
+        """Which backend updated which tensors in the last step, and why no other; for people.
+
+        "torch" is three: PyTorch's fused SGD kernel (`fused`, on a CPU), foreach operations
+        (`foreach`, on other devices), and what neither can update, in float64 (`reference`).
+
+        Returns:
+            One line per backend and reasons, with the first tensors by name; before a step, "".
+
+        Example:
+            >>> print(optimizer.backend_report())
+            triton: 159 tensors
+            fused: 2 tensors (head.weight, head.bias); not triton, since the tensor is
+            torch.float64; the kernels support float32, float16 and bfloat16
+        """
+        return "\n".join(self._engine.report(self.param_groups))
 
     @property
     def momentum_dtype(self) -> torch.dtype:

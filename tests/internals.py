@@ -6,7 +6,6 @@ step launched, faults put into it, and the pieces of a launch.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lars_fused import LARS
-from lars_fused._engine import fallback, launch, launch_tables, plan
+from lars_fused._engine import fallback, launch, launch_tables, plan, schedule
 from lars_fused._engine import tensors as engine_tensors
 from lars_fused._engine.new_state import StepState
 from lars_fused._engine.prepared_step import PreparedStep
@@ -33,7 +32,7 @@ kernels = launch.kernels  # the modules of `kernels/`; ImportError without trito
 
 
 def _last_step(optimizer: LARS) -> PreparedStep:
-    ((step, _, _),) = optimizer._engine.last
+    ((step, *_),) = optimizer._engine.last
     return step
 
 
@@ -59,27 +58,27 @@ def remembered_steps(optimizer: LARS) -> int:
 
 def element_counts(tables: LaunchTables) -> Tensor:
     """The column of sizes in the host's copy of a launch's tensor table."""
-    return tables._host[:, layout.NUMEL]
+    return tables.rows.host[:, layout.NUMEL]
 
 
 def promise_alignment(tables: LaunchTables) -> None:
     """Say of every tensor that 128-bit accesses are allowed, whether or not they are."""
-    tables._host[:, layout.FLAGS] |= layout.ALIGNED
+    tables.rows.host[:, layout.FLAGS] |= layout.ALIGNED
 
 
 def lone_tables(
     device: torch.device, dtypes: Dtypes, numel: int, options: Options, fresh: bool = True
 ) -> LaunchTables:
     """The tables of one tensor, which `point_at` says where to find."""
-    contents = launch_tables.Contents((numel,), (options.adapt,), (0,), (fresh,), 1)
+    contents = schedule.Contents((numel,), (options.adapt,), (0,), (fresh,), 1)
     tables = LaunchTables(device, dtypes, contents, halves=True)
-    tables.set_groups([options])
+    tables.rows.set_groups([options])
     return tables
 
 
 def point_at(tables: LaunchTables, w: int, g: int, v: int = 0, copy: int = 0) -> None:
     """Say where in memory a lone tensor lies."""
-    tables.point(Addresses([w], [g], [v], [copy]))
+    tables.rows.point(Addresses([w], [g], [v], [copy]))
 
 
 def run(tables: LaunchTables, found_inf: Tensor | None = None) -> None:
@@ -97,7 +96,7 @@ def step_of(
     grads, nothing = list(g), [None] * len(w)
     state = StepState(list(w), list(w), list(v), nothing, [True] * len(w))
     step = PreparedStep(state, grads, [0] * len(w), [options], "triton", str)
-    seen = step.see(grads)
+    seen = step.see(grads, step.addresses)
     assert seen is not None
     return (
         lambda found_inf: step.run(seen, [options], Scaling(None, found_inf)),
@@ -135,13 +134,13 @@ def record_launches(patch: pytest.MonkeyPatch) -> list[str]:
 def record_uploads(patch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shapes of what is sent to the device from now on."""
     shapes: list[tuple[int, ...]] = []
-    upload = LaunchTables._upload
+    upload = launch_tables.Rows._upload
 
-    def record(self: LaunchTables, device: Tensor, host: Tensor) -> None:
+    def record(self: launch_tables.Rows, device: Tensor, host: Tensor) -> None:
         shapes.append(tuple(host.shape))
         upload(self, device, host)
 
-    patch.setattr(LaunchTables, "_upload", record)
+    patch.setattr(launch_tables.Rows, "_upload", record)
     return shapes
 
 
@@ -162,8 +161,7 @@ def keep_found_inf_from_the_host(patch: pytest.MonkeyPatch) -> None:
 
 def single_chunk(tables: LaunchTables, item: int) -> None:
     """Let a launch do one work item and nothing else."""
-    tables.plan = dataclasses.replace(tables.plan, items=torch.tensor([item], dtype=torch.int64))
-    tables.items = tables.norm_items = tables.update_items = tables.plan.items
+    tables.items = tables.norm_items = tables.update_items = torch.tensor([item])
     tables.programs = 1
 
 

@@ -140,5 +140,5 @@ class Trial:
     def poison(self) -> None:
         """Fill what a step must not read before writing it with NaN."""
         for work in self.works():
-            for scratch in (work.partials, work.sums, work.ratios):
+            for scratch in (work.memory.partials, work.memory.sums, work.memory.ratios):
                 scratch.fill_(torch.nan)

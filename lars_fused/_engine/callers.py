@@ -5,25 +5,27 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import ParamSpec
 
+_Arguments = ParamSpec("_Arguments")
 _UNSCALE_THEMSELVES = ("lightning", "pytorch_lightning", "lightning_fabric")
 
 
-def keyword_only(init: Callable[..., None]) -> Callable[..., None]:
+def keyword_only(init: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
     """Reject positional hyper-parameters, whose order differs between optimizers."""
 
     @functools.wraps(init)
-    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
-        if len(args) > 2:
-            extra = ", ".join(repr(value) for value in args[2:])
-            plural = "s" if len(args) > 3 else ""
+    def checked(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> None:
+        extra = args[3:]  # after self, params and lr
+        if extra:
+            values = ", ".join(map(repr, extra))
+            plural = "s" if len(extra) > 1 else ""
             raise TypeError(
-                f"LARS: {len(args) - 2} positional argument{plural} after lr ({extra}); the order "
+                f"LARS: {len(extra)} positional argument{plural} after lr ({values}); the order "
                 "differs between optimizers, so pass by keyword: "
                 "LARS(params, lr, momentum=0.9, weight_decay=1e-4)"
             )
-        init(self, *args, **kwargs)
+        init(*args, **kwargs)
 
     return checked
 

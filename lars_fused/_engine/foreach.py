@@ -11,8 +11,8 @@ Trust ratio times gradient must stay within fp32's range, 1e-38 to 3e38.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -23,11 +23,16 @@ from . import validate
 from .square_norms import PLAIN
 
 ROW = 256
-_MEMO = "flat"
+_Value = TypeVar("_Value")
+
+
+def expressible(o: Options) -> bool:
+    """Whether its operations can express the options."""
+    return o.denominator != "decayed" or o.decay_zero_norm
 
 
 def objection(
-    w: Tensor, g: Tensor, v: Tensor | None, copy: Tensor | None, options: Options, first: bool
+    w: Tensor, g: Tensor, v: Tensor | None, copy: Tensor | None, options: Options
 ) -> str | None:
     """Why this backend cannot update a tensor; None if it can."""
     for what, t in (
@@ -43,7 +48,7 @@ def objection(
         return "it is empty"
     if v is not None and options.momentum == 0:
         return "it has a buffer but no momentum"
-    if options.denominator == "decayed" and not options.decay_zero_norm:
+    if not expressible(options):
         return "whether it decays depends on N(g + βw)"
     return None
 
@@ -69,33 +74,26 @@ class _Flat:
         self.rows = self.flat.view(-1, ROW)
 
 
-class _Layout:
-    """What is cached on the device between steps for a list of tensors of the same shapes."""
+class Layout:
+    """The rows of D for tensors of these shapes, and the columns of constants on their device."""
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
         self.shapes, self.device = [w.shape for w in weights], weights[0].device
-        counts = torch.tensor([-(-s.numel() // ROW) for s in self.shapes], device="cpu")
-        owners = torch.repeat_interleave(torch.arange(len(counts), device="cpu"), counts)
-        self.owners = owners.to(self.device)
-        self._constants: dict[Any, Tensor] = {}
+        # Read in later steps, which may run outside of inference mode.
+        with torch.inference_mode(False), torch.no_grad():
+            counts = torch.tensor([-(-s.numel() // ROW) for s in self.shapes], device="cpu")
+            owners = torch.repeat_interleave(torch.arange(len(counts), device="cpu"), counts)
+            self.owners = owners.to(self.device)
+        self._constants: dict[tuple[tuple[float, ...], torch.dtype], Tensor] = {}
 
-    def column(self, values: list[Any], dtype: torch.dtype) -> Tensor:
-        """A column on the device, uploaded only when its values change."""
+    def column(self, values: Sequence[float], dtype: torch.dtype) -> Tensor:
+        """A column on the device. Each is uploaded once, as long as it is among the last 32."""
         key = (tuple(values), dtype)
         if key not in self._constants:
             while len(self._constants) >= 32:
                 del self._constants[next(iter(self._constants))]
             self._constants[key] = torch.tensor(values, dtype=dtype).to(self.device)
         return self._constants[key]
-
-
-def _layout(memo: dict[str, Any] | None, weights: Sequence[Tensor]) -> _Layout:
-    memo = {} if memo is None else memo
-    if _MEMO not in memo:
-        with torch.inference_mode(False), torch.no_grad():
-            memo[_MEMO] = _Layout(weights)
-    layout: _Layout = memo[_MEMO]
-    return layout
 
 
 def readable(t: Tensor) -> bool:
@@ -115,16 +113,17 @@ def norms(tensors: list[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(scaled, 2, wide)) * units
 
 
-def _by(options: Sequence[Options], key: Callable[[Options], Any]) -> dict[Any, list[int]]:
-    found: dict[Any, list[int]] = {}
-    for i, o in enumerate(options):
-        found.setdefault(key(o), []).append(i)
+def _by(values: Iterable[_Value]) -> dict[_Value, list[int]]:
+    """Where each of the distinct values stands."""
+    found: dict[_Value, list[int]] = {}
+    for i, value in enumerate(values):
+        found.setdefault(value, []).append(i)
     return found
 
 
 def _decayed(
     d: _Flat, weights: Sequence[Tensor], grads: Sequence[Tensor], options: Sequence[Options],
-    scale: Any, measure: bool,
+    scale: float | Tensor, measure: bool,
 ) -> list[Tensor]:  # fmt: skip
     """D ← ±g/scale + βw; N(w), N(g) and N(d) if asked for."""
     torch._foreach_copy_(d.views, list(grads))
@@ -135,10 +134,10 @@ def _decayed(
         found = [*norms([*weights, *d.views]).view(2, -1).unbind()]
     elif measure:
         found = [norms(list(weights)), norms(d.views)]
-    for maximize, index in _by(options, lambda o: o.maximize).items():
-        if maximize:
-            torch._foreach_neg_([d.views[i] for i in index])
-    for decay, index in _by(options, lambda o: o.weight_decay).items():
+    turned = [d.views[i] for i, o in enumerate(options) if o.maximize]
+    if turned:
+        torch._foreach_neg_(turned)
+    for decay, index in _by(o.weight_decay for o in options).items():
         if decay:
             some = [d.views[i] for i in index], [weights[i] for i in index]
             torch._foreach_add_(*some, alpha=decay)
@@ -147,15 +146,14 @@ def _decayed(
 
 def square_sums_of(
     weights: Sequence[Tensor], grads: Sequence[Tensor], options: Sequence[Options],
-    scale: Any = 1.0, memo: dict[str, Any] | None = None,
+    scale: float | Tensor, layout: Layout,
 ) -> Tensor:  # fmt: skip
     """`reference.square_sums`, one row per tensor."""
-    layout = _layout(memo, weights)
     d = _Flat(layout.shapes, layout.device)
     return torch.stack(_decayed(d, weights, grads, options, scale, True), 1).square()
 
 
-def _rates(sums: Tensor, options: Sequence[Options], layout: _Layout) -> Tensor:
+def _rates(sums: Tensor, options: Sequence[Options], layout: Layout) -> Tensor:
     """Learning rates [n]; each distinct tensor among them is read once, on the device."""
     distinct = {id(o.lr): o.lr for o in options}
     if not any(isinstance(lr, Tensor) for lr in distinct.values()):
@@ -166,7 +164,7 @@ def _rates(sums: Tensor, options: Sequence[Options], layout: _Layout) -> Tensor:
 
 
 def _ratios(
-    norms: list[Tensor], options: Sequence[Options], lr: Tensor, layout: _Layout
+    norms: list[Tensor], options: Sequence[Options], lr: Tensor, layout: Layout
 ) -> tuple[Tensor, Tensor | None]:
     """Trust ratios; and a mask where d must be g (which is zero there), if that can occur."""
     w_norm, g_norm, d_norm = norms
@@ -204,11 +202,9 @@ def _ratios(
 def step_(
     weights: Sequence[Tensor], grads: Sequence[Tensor], buffers: Sequence[Tensor | None],
     copies: Sequence[Tensor | None], options: Sequence[Options], first: Sequence[bool],
-    scale: Any = 1.0, sums: Tensor | None = None, found_inf: Tensor | None = None,
-    memo: dict[str, Any] | None = None,
+    scale: float | Tensor, sums: Tensor | None, found_inf: Tensor | None, layout: Layout,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One step on a list of tensors of one device; see `torch_step.step_`."""
-    layout = _layout(memo, weights)
     d = _Flat(layout.shapes, layout.device)
     measured = _decayed(d, weights, grads, options, scale, sums is None)
     if sums is None:
@@ -239,41 +235,38 @@ def step_(
 
 
 def _write(
-    d: _Flat, layout: _Layout, weights: Sequence[Tensor], buffers: Sequence[Tensor | None],
+    d: _Flat, layout: Layout, weights: Sequence[Tensor], buffers: Sequence[Tensor | None],
     copies: Sequence[Tensor | None], options: Sequence[Options], first: Sequence[bool],
     outs: Tensor | None, skipped: Tensor | None,
 ) -> None:  # fmt: skip
     """From D = u: v ← μv + u, w ← w − out·v, each rounded once; if skipped, both as they were."""
-    v: Any = buffers  # the entries indexed below are all tensors
-    held = [i for i, t in enumerate(buffers) if t is not None]
+    v = {i: t for i, t in enumerate(buffers) if t is not None}
+    held = list(v)
     later = [i for i in held if not first[i]]
-    momenta = [v[i] for i in held]
+    momenta = list(v.values())
     nesterov = [i for i in held if options[i].nesterov]
     u = [d.views[i].clone() for i in nesterov]
-    for momentum, index in _by([options[i] for i in later], lambda o: o.momentum).items():
+    for momentum, index in _by(options[i].momentum for i in later).items():
         some = [later[k] for k in index]
-        torch._foreach_add_(
-            [d.views[i] for i in some], [v[i] for i in some], alpha=momentum
-        )  # fmt: skip
+        torch._foreach_add_([d.views[i] for i in some], [v[i] for i in some], alpha=momentum)
     if held:
         _store(d, layout, held, momenta, skipped)
-    for momentum, index in _by([options[i] for i in nesterov], lambda o: o.momentum).items():
+    for momentum, index in _by(options[i].momentum for i in nesterov).items():
         views = [d.views[nesterov[k]] for k in index]
         torch._foreach_mul_(views, momentum)
         torch._foreach_add_(views, [u[k] for k in index])
     if outs is not None:
         d.rows.mul_(outs.to(torch.float32).index_select(0, layout.owners).unsqueeze(1))
-    with_copies = [i for i, c in enumerate(copies) if c is not None]
+    new = [(c, w) for c, w in zip(copies, weights, strict=True) if c is not None]
     if skipped is not None:
         d.flat.masked_fill_(skipped, 0.0)  # w − 0 has the bits of w, even for −0
     torch._foreach_sub_(list(weights), d.views)
-    if with_copies:
-        new: Any = [copies[i] for i in with_copies]
-        torch._foreach_copy_(new, [weights[i] for i in with_copies])
+    if new:
+        torch._foreach_copy_([c for c, _ in new], [w for _, w in new])
 
 
 def _store(
-    d: _Flat, layout: _Layout, held: list[int], momenta: list[Any], skipped: Tensor | None
+    d: _Flat, layout: Layout, held: list[int], momenta: list[Tensor], skipped: Tensor | None
 ) -> None:
     """Copy D into the momentum buffers, or leave them as they were."""
     views = [d.views[i] for i in held]

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +25,6 @@ from .square_norms import PLAIN, RANGE, SQUARES, in_order, is_zero
 
 # Beyond these, factor·d may leave the dtype's range although the float64 product does not.
 _FACTORS = {torch.float32: (1e-30, 1e18), torch.float64: (1e-290, 1e140)}
-_PLAN = "plan"
 
 
 def compute_dtype(w: Tensor) -> torch.dtype:
@@ -35,9 +33,8 @@ def compute_dtype(w: Tensor) -> torch.dtype:
 
 
 def objection(
-    w: Tensor, g: Tensor, v: Tensor | None, copy: Tensor | None,
-    options: Options | None = None, first: bool = False,
-) -> str | None:  # fmt: skip
+    w: Tensor, g: Tensor, v: Tensor | None, copy: Tensor | None, _: Options | None = None
+) -> str | None:
     """Why this backend cannot update a tensor; None if it can, with any options."""
     if w.device.type != "cpu":
         return f"it is on {w.device}"
@@ -60,18 +57,22 @@ def objection(
     return None
 
 
-class _Plan:
-    """The batches of small tensors and windows of large ones. Holds none of the step's tensors."""
+class Plan:
+    """The batches of small tensors and windows of large ones. Holds none of the tensors.
+
+    It serves every step of tensors like these, as long as those that share an `Options` object here
+    go on sharing one, with whatever values.
+    """
 
     def __init__(
         self, weights: Sequence[Tensor], grads: Sequence[Tensor],
-        buffers: Sequence[Tensor | None], options: Sequence[Options], first: Sequence[bool],
+        buffers: Sequence[Tensor | None], options: Sequence[Options],
     ):  # fmt: skip
         dtypes = [compute_dtype(w) for w in weights]
-        seen: dict[Any, int] = {}
+        seen: dict[tuple[int, bool], int] = {}
         kinds = [
-            seen.setdefault((id(o), f, v is None), len(seen))
-            for o, f, v in zip(options, first, buffers, strict=True)
+            seen.setdefault((id(o), v is None), len(seen))
+            for o, v in zip(options, buffers, strict=True)
         ]
         small: dict[torch.dtype, list[int]] = {}
         large = []
@@ -98,19 +99,14 @@ class _Step:
 
     def __init__(
         self, weights: Sequence[Tensor], grads: Sequence[Tensor], buffers: Sequence[Tensor | None],
-        options: Sequence[Options], first: Sequence[bool], scale: Any, sums: Tensor | None,
-        memo: dict[Any, Any] | None,
+        options: Sequence[Options], first: Sequence[bool], scale: float | Tensor,
+        sums: Tensor | None, plan: Plan,
     ):  # fmt: skip
         self.w, self.g, self.v, self.o, self.first = weights, grads, buffers, options, first
         self.scale = float(scale)
-        memo = {} if memo is None else memo
-        some = True in first
-        if some or (_PLAN, some) not in memo:
-            memo[_PLAN, some] = _Plan(weights, grads, buffers, options, first)
-        self.plan: _Plan = memo[_PLAN, some]
-        self.stages = self.plan.stages()
+        self.plan, self.stages = plan, plan.stages()
         self.measured = sums is not None
-        self.sums: list[Any] = [()] * len(weights) if sums is None else sums.tolist()
+        self.sums: list[Sequence[float]] = [()] * len(weights) if sums is None else sums.tolist()
         self.ratios = [1.0] * len(weights)
         self.extreme: set[int] = set()  # for the reference
 
@@ -157,7 +153,8 @@ class _Step:
         sums = [self.sums[k] for k in index]
         w_norms = [math.sqrt(row[0]) for row in sums]
         norms = [math.sqrt(row[column]) for row in sums]
-        rates = rates_of(w_norms, norms, o, float(o.lr), self.first[i], has_buffer)
+        first = [self.first[k] for k in index] if o.dampening else ()
+        rates = rates_of(w_norms, norms, o, float(o.lr), first, has_buffer)
         dtype = compute_dtype(self.w[i])
         low, high = (x * self.scale for x in _FACTORS[dtype])
         top = RANGE[dtype][1]
@@ -212,11 +209,10 @@ class _Step:
 def step_(
     weights: Sequence[Tensor], grads: Sequence[Tensor], buffers: Sequence[Tensor | None],
     copies: Sequence[Tensor | None], options: Sequence[Options], first: Sequence[bool],
-    scale: Any = 1.0, sums: Tensor | None = None, found_inf: Tensor | None = None,
-    memo: dict[Any, Any] | None = None,
-) -> tuple[Any, list[float]]:  # fmt: skip
+    scale: float | Tensor, sums: Tensor | None, plan: Plan,
+) -> tuple[Tensor | list[Sequence[float]], list[float]]:  # fmt: skip
     """One step on a list of CPU tensors; see `torch_step.step_`. Returns rows and ratios."""
-    step = _Step(weights, grads, buffers, options, first, scale, sums, memo)
+    step = _Step(weights, grads, buffers, options, first, scale, sums, plan)
     if True in first:
         new = [v for v, f in zip(buffers, first, strict=True) if f and v is not None]
         if new:  # may be uninitialised, and torch's kernel is not told that they are new
@@ -266,13 +262,11 @@ def _update_window(step: _Step, window: Window, tensors: Sequence[Large]) -> Non
 
 def square_sums_of(
     weights: Sequence[Tensor], grads: Sequence[Tensor], options: Sequence[Options],
-    scale: Any = 1.0, memo: dict[Any, Any] | None = None,
+    scale: float | Tensor, plan: Plan,
 ) -> Tensor:  # fmt: skip
-    """`reference.square_sums`, one row per tensor."""
+    """`reference.square_sums`, one row per tensor. `plan`: for tensors without buffers."""
     n = len(weights)
-    # Separate batches: those of a step also have rows for its buffers.
-    memo = None if memo is None else memo.setdefault("fused, norms", {})
-    step = _Step(weights, grads, [None] * n, options, [False] * n, scale, None, memo)
+    step = _Step(weights, grads, [None] * n, options, [False] * n, scale, None, plan)
     for batch in step.plan.batches:
         step.measure_batch(batch)
     for window in step.plan.windows:

@@ -8,7 +8,7 @@ memory cannot be allocated during capture, the step before it makes them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import NoReturn
 from weakref import WeakKeyDictionary
 
 from .launch_tables import LaunchTables
@@ -37,7 +37,7 @@ class GraphPool:
     """The tables of an optimizer's captured steps, and a spare set for the next capture."""
 
     def __init__(self) -> None:
-        self._spare: WeakKeyDictionary[Any, list[LaunchTables]] = WeakKeyDictionary()
+        self._spare: WeakKeyDictionary[object, list[LaunchTables]] = WeakKeyDictionary()
         self._captured: list[tuple[list[LaunchTables], StepTensors]] = []
 
     def reserve(self, step: object, make: Callable[[], list[LaunchTables]]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import zip_longest
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -229,12 +229,6 @@ def _update_in_stages(
     """The same for what `_update` cannot express or store, with `nesterov` and `copy`."""
     held = t.v if o.momentum else None
     fold = held is not None and not o.nesterov and expressible(factor, t.dtype)
-    options: dict[str, Any] = {"momentum": o.momentum if held is not None else 0.0, "lr": out}
-    options["nesterov"] = o.nesterov
-    if fold:
-        options |= {"keep": factor, "decay": alpha, "maximize": o.maximize}
-    else:
-        options |= {"keep": 1.0, "decay": 0.0}
     sign = -1.0 if o.maximize else 1.0
     v_stage = None
     if held is not None and held.dtype != t.dtype:
@@ -250,7 +244,11 @@ def _update_in_stages(
             if alpha:
                 d = torch.add(d, wide_w, alpha=sign * alpha, out=second)
             d = torch.mul(d, sign * factor, out=second)
-        sgd_kernel.run([wide_w], [d], [] if wide_v is None else [wide_v], **options)
+        sgd_kernel.run(
+            [wide_w], [d], [] if wide_v is None else [wide_v], keep=factor if fold else 1.0,
+            decay=alpha if fold else 0.0, momentum=0.0 if held is None else o.momentum, lr=out,
+            nesterov=o.nesterov, maximize=fold and o.maximize,
+        )  # fmt: skip
         if wide_w is not w:
             w.copy_(wide_w)
         if v is not None and wide_v is not None and wide_v is not v:

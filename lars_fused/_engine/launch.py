@@ -1,6 +1,7 @@
-"""The kernels: whether they can run, their compile-time arguments, and one launch.
+"""The kernels: whether they can run, their arguments, and one launch.
 
-The only importer of `kernels`. `launch_tables` builds the tables that they read.
+The only importer of `kernels`, but for its `layout`. `launch_tables` builds the tables that they
+read.
 """
 
 from __future__ import annotations
@@ -8,15 +9,85 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 import torch
+from torch import Tensor
+
+from ..kernels import tuning
 
 # The interpreter keeps its state in module globals: one launch at a time in a process.
 _INTERPRETER_LOCK = threading.RLock()
-_COMPILED: dict[Any, Any] = {}
+
+KernelName: TypeAlias = Literal["l2norm", "lars_resident", "lars_step", "lars_update"]
+
+
+class Kernel(Protocol):
+    """A function of jit code. Triton carries no types."""
+
+    arg_names: list[str]
+
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., Compiled]:
+        """Compile it for the arguments if it has not been, and launch it."""
+
+
+class Compiled(Protocol):
+    """A kernel compiled for one set of compile-time arguments."""
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
+        """Launch it."""
+
+
+class StepArguments(NamedTuple):
+    """The run-time arguments of `kernels/lars_step.py`, which says what each is, in its order.
+
+    Those of `kernels/lars_resident.py` are the same.
+    """
+
+    items: Tensor
+    tensors: Tensor
+    groups: Tensor
+    counter: Tensor
+    watch: Tensor
+    arrivals: Tensor
+    flags: Tensor
+    partials: Tensor
+    sums: Tensor
+    ratios: Tensor
+    grad_scale: Tensor
+    found_inf: Tensor
+    n_items: int
+
+
+class NormArguments(NamedTuple):
+    """Those of `kernels/l2norm.py`."""
+
+    items: Tensor
+    tensors: Tensor
+    groups: Tensor
+    arrivals: Tensor
+    partials: Tensor
+    sums: Tensor
+    grad_scale: Tensor
+
+
+class UpdateArguments(NamedTuple):
+    """Those of `kernels/lars_update.py`."""
+
+    items: Tensor
+    tensors: Tensor
+    groups: Tensor
+    counter: Tensor
+    watch: Tensor
+    sums: Tensor
+    ratios: Tensor
+    grad_scale: Tensor
+    found_inf: Tensor
+
+
+Arguments: TypeAlias = StepArguments | NormArguments | UpdateArguments
 
 
 class Dtypes(NamedTuple):
@@ -28,19 +99,35 @@ class Dtypes(NamedTuple):
     copy: torch.dtype | None = None
 
 
-@functools.cache
-def kernels() -> ModuleType:
-    """The kernel modules; ImportError where triton is missing."""
-    from .. import kernels
-    from ..kernels import l2norm, lars_resident, lars_step, lars_update, tuning  # noqa: F401
+_COMPILED: dict[
+    tuple[KernelName, torch.device, Dtypes, tuning.Row], tuple[Compiled, tuple[object, ...]]
+] = {}
 
-    module: ModuleType = kernels
-    return module
+
+@functools.cache
+def functions() -> dict[KernelName, Kernel]:
+    """The kernels by name; ImportError where triton is missing."""
+    from ..kernels import l2norm, lars_resident, lars_step, lars_update
+
+    return {
+        "l2norm": l2norm.l2norm,
+        "lars_step": lars_step.lars_step,
+        "lars_update": lars_update.lars_update,
+        "lars_resident": lars_resident.lars_resident,
+    }
+
+
+def kernels() -> ModuleType:
+    """The package `kernels` with all its modules, for benchmarks and tests."""
+    functions()
+    from .. import kernels
+
+    return kernels
 
 
 def interpreting() -> bool:
     """Whether the kernels run under Triton's interpreter (decided when they were imported)."""
-    return hasattr(kernels().lars_step.lars_step, "rewrite")
+    return hasattr(functions()["lars_step"], "rewrite")
 
 
 def why_not(device: torch.device) -> str | None:
@@ -80,6 +167,24 @@ def architecture(device: torch.device) -> tuple[str, int, int]:
     return name, properties.multi_processor_count, properties.L2_cache_size
 
 
+class Target(NamedTuple):
+    """A device as a plan sees it."""
+
+    row: tuning.Row
+    programs: int
+    """How many programs run at the same time."""
+    window: int
+    """Bytes of w and g that a group of order "grouped" may span."""
+
+
+def target(device: torch.device) -> Target:
+    """The launch constants of a device, and what follows from its size."""
+    name, multiprocessors, l2_bytes = architecture(device)
+    row = tuning.row_for(name)
+    window = int(l2_bytes * tuning.WINDOW_SHARE) if row.window is None else row.window
+    return Target(row, multiprocessors * row.programs, window)
+
+
 def alignments(dtypes: Dtypes) -> dict[str, int]:
     """Bytes of alignment promised to the compiler for each operand.
 
@@ -94,32 +199,33 @@ def alignments(dtypes: Dtypes) -> dict[str, int]:
     }
 
 
+def bytes_per_element(dtypes: Dtypes) -> int:
+    """Of w and g together."""
+    return dtypes.w.itemsize + (0 if dtypes.g is None else dtypes.g.itemsize)
+
+
 def is_mixed(dtypes: Dtypes) -> bool:
     """Whether not every tensor is fp32: such kernels get another cap of registers."""
     return any(dtype not in (None, torch.float32) for dtype in dtypes)
 
 
-def slots(dtypes: Dtypes, row: Any) -> int:
-    """Chunks of w and g that a program of `lars_resident` holds."""
-    widths = dtypes.w.itemsize + (0 if dtypes.g is None else dtypes.g.itemsize)
-    return int(row.ring // (row.chunk * widths))
-
-
-def constants(dtypes: Dtypes, row: Any, kernel: str, emulate_bf16: bool) -> dict[str, Any]:
+def constants(
+    dtypes: Dtypes, row: tuning.Row, kernel: KernelName, emulate_bf16: bool
+) -> dict[str, object]:
     """The compile-time arguments of a kernel, in the order of its signature."""
     import triton.language as tl
 
-    names = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-    everything = {
+    types = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+    everything: dict[str, object] = {
         "CHUNK": row.chunk,
         "BLOCK": row.block,
         "THREADS": row.threads,
         "LANES": row.lanes,
-        "SLOTS": slots(dtypes, row),
-        "W_DT": names[dtypes.w],
-        "G_DT": None if dtypes.g is None else names[dtypes.g],
-        "V_DT": names[dtypes.v],
-        "COPY_DT": None if dtypes.copy is None else names[dtypes.copy],
+        "SLOTS": tuning.slots(row, bytes_per_element(dtypes)),
+        "W_DT": types[dtypes.w],
+        "G_DT": None if dtypes.g is None else types[dtypes.g],
+        "V_DT": types[dtypes.v],
+        "COPY_DT": None if dtypes.copy is None else types[dtypes.copy],
         **alignments(dtypes),
         "HOLD": row.hold,
         "EVICT": row.evict,
@@ -127,15 +233,16 @@ def constants(dtypes: Dtypes, row: Any, kernel: str, emulate_bf16: bool) -> dict
         "BACKOFF": row.backoff,
         "EMULATE_BF16": emulate_bf16,
     }
-    arguments = getattr(getattr(kernels(), kernel), kernel).arg_names
-    return {name: everything[name] for name in arguments if name in everything}
+    names = functions()[kernel].arg_names
+    return {name: everything[name] for name in names if name in everything}
 
 
 def run(
-    name: str, grid: int, args: Sequence[Any], dtypes: Dtypes, row: Any, device: torch.device
-) -> None:
+    name: KernelName, grid: int, args: Arguments, dtypes: Dtypes, row: tuning.Row,
+    device: torch.device,
+) -> None:  # fmt: skip
     """One launch. Calling the cached compiled kernel skips Triton's argument analysis."""
-    kernel = getattr(getattr(kernels(), name), name)
+    kernel = functions()[name]
     if device.type == "cpu":
         with _INTERPRETER_LOCK:
             kernel[(grid,)](*args, **constants(dtypes, row, name, True))
@@ -147,7 +254,7 @@ def run(
             compiled[(grid, 1, 1)](*args, *values)
         else:
             consts = constants(dtypes, row, name, False)
-            options = kernels().tuning.compile_options(name, row, is_mixed(dtypes))
+            options = tuning.compile_options(name, row, is_mixed(dtypes))
             compiled = kernel[(grid,)](*args, **consts, **options)
             _COMPILED[key] = compiled, tuple(consts.values())
 

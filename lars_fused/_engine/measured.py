@@ -11,23 +11,25 @@ from torch import Tensor
 from .. import reference
 from ..options import Options
 from .launch_tables import LaunchTables
-from .tensors import StepTensors
-from .torch_part import TorchPart
+from .tensors import Addresses, StepTensors
+from .torch_part import HostResults, Results, TorchPart
 
 Row = tuple[float, ...]
 """N(w), N(g), N(d), q and γq of one tensor."""
 
 
 class Measured(NamedTuple):
-    """The results of one run of a prepared step. The next run overwrites them."""
+    """The results of one run of a prepared step. The next one overwrites those of launches."""
 
+    addresses: Addresses
+    """Where its tensors were."""
     numels: Sequence[int]
     groups: Sequence[int]
     """For each tensor, its index into `options`."""
     options: Sequence[Options]
     launches: list[tuple[list[int], LaunchTables]]
     """Each launch: its tensors, and where their sums and ratios are."""
-    torch_parts: Sequence[TorchPart]
+    of_torch: dict[TorchPart, Results | HostResults | None]
 
     def stats(self, now: StepTensors | None) -> dict[int, Row]:
         """The row of each tensor. Synchronises.
@@ -58,9 +60,15 @@ class Measured(NamedTuple):
         return found
 
     def _results(self, now: StepTensors | None) -> list[tuple[list[int], Tensor, Tensor]]:
-        found = [(index, tables.sums, tables.ratios) for index, tables in self.launches]
-        of_torch = [part.results(now) for part in self.torch_parts]
-        return found + [result for result in of_torch if result is not None]
+        found = [
+            (index, tables.memory.sums, tables.memory.ratios) for index, tables in self.launches
+        ]
+        for part, results in self.of_torch.items():
+            if results is not None:
+                mine = None if now is None else now.select(part.index)
+                sums, q, lr = results.tables(mine)
+                found.append((part.index, sums, torch.stack([q, q * lr], 1)))
+        return found
 
 
 def _rates(sums: Tensor, o: Options) -> list[float]:

@@ -70,7 +70,7 @@ def successor(model: nn.Module, name: str, p: Tensor) -> Tensor | None:
     """The parameter that took the place of `p`; None where `p` is in place, or nothing is there."""
     if any(p is held for held in model.parameters()):
         return None
-    owner: Any = model
+    owner: object = model
     *path, last = name.split(".")
     for step in path:
         owner = getattr(owner, step, None)
@@ -78,22 +78,26 @@ def successor(model: nn.Module, name: str, p: Tensor) -> Tensor | None:
     return found if isinstance(found, nn.Parameter) else None
 
 
-def follow(members: Sequence[Any], label: Callable[[int, Tensor, str], str]) -> list[Any]:
+def follow(members: Sequence[object], label: Callable[[int, Tensor, str], str]) -> list[object]:
     """The members of a new group, each the one that its model holds now.
 
     Raises:
         ValueError: for a parameter that was replaced by one of another shape.
     """
-    found: list[Any] = []
+    found: list[object] = []
     for i, member in enumerate(members):
-        model = member.model() if isinstance(member, NamedParameter) and member.model else None
-        new = None if model is None else successor(model, *member)
-        if new is not None and new.shape != member[1].shape:
+        if not isinstance(member, NamedParameter):
+            found.append(member)
+            continue
+        name, p = member
+        model = member.model() if member.model else None
+        new = None if model is None else successor(model, name, p)
+        if new is not None and new.shape != p.shape:
             raise ValueError(
-                f"{label(i, member[1], member[0])}: was replaced in the model by a parameter of "
+                f"{label(i, p, name)}: was replaced in the model by a parameter of "
                 f"shape {tuple(new.shape)} after param_groups; call param_groups again"
             )
-        found.append(member if new is None else NamedParameter(member[0], new, member.model))
+        found.append(member if new is None else NamedParameter(name, new, member.model))
     return found
 
 
@@ -110,7 +114,7 @@ class Origins:
     def __init__(self) -> None:
         self._of: dict[int, _Origin] = {}
 
-    def note(self, members: Sequence[Any]) -> None:
+    def note(self, members: Sequence[object]) -> None:
         """Remember the members of a new group."""
         for m in members:
             if isinstance(m, NamedParameter) and m.model is not None:

@@ -61,7 +61,7 @@ class StepState:
         self.sharded = any(self.layouts)
         self._masters = any(c is not None for c in copies)
         # The values that the optimizer's state holds for all parameters, as `_read` lists them.
-        self._held: list[Any] | None = None
+        self._held: list[object] | None = None
         self._key: str | None = None
 
     def tensors(self, grads: Sequence[Tensor | None]) -> StepTensors:
@@ -72,11 +72,11 @@ class StepState:
         if not self.sharded:
             grads = cast("Sequence[Tensor]", grads)
             return StepTensors(self.weights, grads, self.buffers, self.copies, self._masters)
-        weights, own, buffers, copies = (
-            [*map(sharding.local, column)]
-            for column in (self.weights, grads, self.buffers, self.copies)
-        )
-        return StepTensors(weights, own, buffers, copies, self._masters)
+        local = sharding.local
+        return StepTensors(
+            [local(t) for t in self.weights], [local(t) for t in cast("Sequence[Tensor]", grads)],
+            [local(t) for t in self.buffers], [local(t) for t in self.copies], self._masters,
+        )  # fmt: skip
 
     def commit(self, state: State) -> None:
         """Commit new state tensors to the optimizer, after the launch."""
@@ -96,7 +96,7 @@ class StepState:
             return False
         return all(map(is_, now, held))
 
-    def _read(self, state: State) -> list[Any] | None:
+    def _read(self, state: State) -> list[object] | None:
         """Every value of the state; if all of it has the same one key, at half the time."""
         if self._key is None:
             return list(chain.from_iterable(map(dict.values, state.values())))

@@ -1,12 +1,12 @@
 """Which backend updates which tensor, and why. Pure: launches, warns and raises nothing.
 
-The kernels come first; torch operations (`torch_step`) update unsupported tensors in the same
-step.
+The kernels come first; torch operations update unsupported tensors in the same step, and
+`torch_step.divide` chooses between their backends. `report` puts all of it into words.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,15 @@ from .launch import Dtypes
 from .tensors import StepTensors
 
 LaunchKey = tuple[torch.device, Dtypes]
+
+
+class Choice(NamedTuple):
+    """Which backend updates a tensor, and why none of those does that come before it."""
+
+    backend: str
+    """"triton", or of torch's: "fused", "foreach" or "reference"."""
+    refused: tuple[tuple[str, str], ...] = ()
+    """Pairs (backend, reason), in the order in which the tensor was offered to them."""
 
 
 class Partition(NamedTuple):
@@ -84,6 +93,24 @@ def divide(
         if not all(t is None or validate.in_memory(t) for t in (c[i] for c in tensors[:4]))
     ]  # fmt: skip
     return Partition(launches, rest, reasons, wrapped)
+
+
+def report(choices: Mapping[int, Choice], name: Callable[[int], str]) -> list[str]:
+    """One line per choice that was made: how many tensors, the first of them by name, and why."""
+    by_choice: dict[Choice, list[int]] = {}
+    for i, choice in choices.items():
+        by_choice.setdefault(choice, []).append(i)
+    lines = []
+    for (backend, refused), index in sorted(by_choice.items(), key=lambda item: -len(item[1])):
+        line = f"{backend}: {len(index)} tensor{'s'[: len(index) > 1]}"
+        if refused:
+            line += f" ({', '.join(map(name, index[:3]))}{', ...' if len(index) > 3 else ''})"
+        lines.append(line + "".join(f"; not {other}, since {why}" for other, why in refused))
+    rest = len(lines) - _MOST_LINES
+    return lines if rest <= 0 else [*lines[:_MOST_LINES], f"and {rest} more such lines"]
+
+
+_MOST_LINES = 8
 
 
 def _join_without_momentum(

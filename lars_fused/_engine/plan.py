@@ -39,7 +39,6 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -78,8 +77,7 @@ def chunk_count(numel: int, chunk: int) -> int:
 
 def unpack_items(items: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Kinds, tensor indices and chunk indices of packed items, each int64."""
-    kinds, tensors, chunks = unpack_item(items)
-    return kinds, tensors, chunks
+    return unpack_item(items)
 
 
 def make_plan(
@@ -217,10 +215,14 @@ class _Tape:
 
 @functools.lru_cache(maxsize=64)
 def cached_plan(
-    numels: tuple[int, ...], adapt: tuple[bool, ...], groups: tuple[int, ...], **sizes: Any
-) -> Plan:
+    numels: tuple[int, ...], adapt: tuple[bool, ...], groups: tuple[int, ...], *, chunk: int,
+    window: int, lag: int, span: int, bytes_per_element: int, order: str,
+) -> Plan:  # fmt: skip
     """`make_plan`, once for equal tensors."""
-    return make_plan(numels, adapt, groups, **sizes)
+    return make_plan(
+        numels, adapt, groups, chunk=chunk, window=window, lag=lag, span=span,
+        bytes_per_element=bytes_per_element, order=order,
+    )  # fmt: skip
 
 
 def _check(

@@ -16,11 +16,6 @@ from .. import reference
 from ..options import Options
 
 
-def objection(*_: Any) -> str | None:
-    """None: the reference can update every tensor."""
-    return None
-
-
 def pieces(tensors: Sequence[Tensor | None], size: int | None) -> Iterator[list[Any]]:
     """Equal views of same-shaped tensors, each of at most `size` elements (or one row).
 
@@ -43,7 +38,7 @@ def pieces(tensors: Sequence[Tensor | None], size: int | None) -> Iterator[list[
 def step_(
     weights: Sequence[Tensor], grads: Sequence[Tensor], buffers: Sequence[Tensor | None],
     copies: Sequence[Tensor | None], options: Sequence[Options], first: Sequence[bool],
-    scale: Any = 1.0, sums: Tensor | None = None, size: int | None = None,
+    scale: float | Tensor = 1.0, sums: Tensor | None = None, size: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One step on a list of tensors; returns their sums and trust ratios."""
     sums = square_sums_of(weights, grads, options, scale, size) if sums is None else sums
@@ -65,7 +60,7 @@ def step_(
 
 def square_sums_of(
     weights: Sequence[Tensor], grads: Sequence[Tensor], options: Sequence[Options],
-    scale: Any = 1.0, size: int | None = None,
+    scale: float | Tensor = 1.0, size: int | None = None,
 ) -> Tensor:  # fmt: skip
     """`reference.square_sums`, one row per tensor, accumulated piece by piece."""
     # MPS has no float64.

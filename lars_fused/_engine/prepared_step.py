@@ -1,40 +1,34 @@
 """A step that is checked, partitioned and has its tables: what `LARS.step` and `lars_step` run.
 
-    seen = step.see(grads)                      read what the host must know; no side effects
-    step.matches(seen, options)                 whether preparing it again would change nothing
-    step.run(seen, options, scaling)            launch
+    seen = step.see(grads, addresses)           read what the host must know; no side effects
+    step.matches(seen, facts)                   whether preparing it again would change nothing
+    step.run(seen, options, scaling, before)    launch
 
 A prepared step belongs to one list of tensors. Its kernel launches hold their tables; torch
-operations update tensors that the kernels do not support, in the same step.
+operations update tensors that the kernels do not support, in the same step. What a call left, the
+next one is given by whoever makes it: where the tensors were, and what was measured.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..options import Options
-from . import fallback, graph_pool, launch, partition, replicas, sharding, wrapped
+from . import fallback, foreach, graph_pool, launch, partition, replicas, sharding, wrapped
 from .fallback import Label
 from .graph_pool import GraphPool
-from .launch_tables import Contents, LaunchTables
+from .launch_tables import LaunchTables
 from .measured import Measured
 from .new_state import StepState
-from .partition import LaunchKey
-from .tensors import Fingerprint, Scaling, StepTensors, fingerprint, places
+from .partition import Choice, LaunchKey
+from .schedule import Contents
+from .tensors import Addresses, Scaling, Seen, StepTensors, basis, see
 from .torch_part import TorchPart
-
-
-class Seen(NamedTuple):
-    """The tensors of one call of `step()` and their fingerprint."""
-
-    tensors: StepTensors
-    fingerprint: Fingerprint
 
 
 @dataclass(frozen=True)
@@ -43,6 +37,8 @@ class _KernelPart:
 
     key: LaunchKey
     index: list[int]
+    split: bool
+    """Whether any of them is shared with other ranks."""
     tables: LaunchTables
 
 
@@ -79,21 +75,24 @@ class PreparedStep:
         self._auto = backend == "auto"
         self._plan_facts = plan_facts(options)
         tensors = state.tensors(grads)
-        known = fingerprint(tensors)
-        assert known is not None, "every gradient was checked"
-        self._known, self._places = known, places(tensors)
+        self._basis = basis(tensors)
         self._shards = sharding.Shards(state.params)
         divided = partition.divide(tensors, backend, launch.why_not)
         fallback.report(divided, backend, label, caller)
         self._numels = [w.numel() for w in tensors.weights]
         self._kernel_parts = [
-            _KernelPart(key, index, self._tables(key, index, options, state.fresh))
+            _KernelPart(
+                key, index, self._shards.among(index),
+                self._tables(key, index, options, state.fresh),
+            )
             for key, index in divided.launches.items()
-        ]
+        ]  # fmt: skip
         self._torch_parts = [
-            TorchPart(device, index, [state.fresh[i] for i in index])
-            for device, index in divided.rest.items()
-        ]
+            TorchPart(
+                index, tensors, groups, options, state.fresh, divided.reasons, bool(self._shards)
+            )
+            for index in divided.rest.values()
+        ]  # fmt: skip
         for i in divided.wrapped:
             wrapped.rehearse(tensors, i, options[groups[i]], label)
         self._written = [p for p in state.params if not p.is_inference()]
@@ -101,69 +100,78 @@ class PreparedStep:
 
     # ---------------------------------------------------------------- before a step
 
-    def see(self, grads: Sequence[Tensor | None]) -> Seen | None:
-        """What a step with these gradients would work on; None if the layout of one changed."""
+    @property
+    def addresses(self) -> Addresses:
+        """Where its tensors were when it was prepared."""
+        return self._basis.fingerprint.addresses
+
+    def see(self, grads: Sequence[Tensor | None], known: Addresses) -> Seen | None:
+        """What a step with these gradients would work on; None if the layout of one changed.
+
+        Args:
+            grads: one per parameter, or None.
+            known: where the tensors were when they were last found to match: there they still do.
+        """
         if self.state.sharded and [sharding.layout(g) for g in grads] != self.state.layouts:
             return None
-        tensors = self.state.tensors(grads)
-        read = fingerprint(tensors)
-        if read is None:
-            return None
-        if read.addresses == self._known.addresses:  # comparing the same object is then immediate
-            read = read._replace(addresses=self._known.addresses)
-        return Seen(tensors, read)
+        return see(self.state.tensors(grads), known)
 
-    def matches(self, seen: Seen, options: Sequence[Options]) -> bool:
-        """Whether this step is still valid for these tensors and hyper-parameters."""
-        if plan_facts(options) != self._plan_facts or seen.fingerprint[1:] != self._known[1:]:
-            return False
-        return (
-            seen.fingerprint.addresses is self._known.addresses
-            or places(seen.tensors) == self._places
-        )
+    def matches(self, seen: Seen, facts: list[tuple[bool, ...]]) -> bool:
+        """Whether this step is still valid for these tensors, and options with these facts."""
+        return facts == self._plan_facts and self._basis.fits(seen)
 
     def gradients_are_zero(self, seen: Seen) -> bool:
         """Whether every gradient is 0, on all ranks that share them. Waits for the device."""
         moving = any(bool(torch.any(g != 0)) for g in seen.tensors.grads)
-        device = self.state.params[0].device
-        for group, _ in self._shards.groups():
-            flag = torch.full((1,), float(moving), device=device)
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
-            moving = bool(flag)
-        return not moving
+        return not self._shards.on_any_rank(moving, self.state.params[0].device)
 
     # --------------------------------------------------------------------- the step
 
-    def run(self, seen: Seen, options: Sequence[Options], scaling: Scaling) -> Measured:
+    def run(
+        self, seen: Seen, options: Sequence[Options], scaling: Scaling,
+        before: Measured | None = None,
+    ) -> Measured:  # fmt: skip
         """Take one step. Nothing is written before every table is ready.
 
         Args:
             seen: for which `matches` is true.
             options: hyper-parameters of each group.
             scaling: loss scale, and the flag that skips the step.
+            before: what the run before measured, which stands where this one is skipped.
 
         Returns:
             What was measured on the way, where it is.
         """
-        tensors, self._known = seen.tensors, seen.fingerprint
+        tensors, addresses = seen.tensors, seen.fingerprint.addresses
         parts = self._parts_of_this_run(tensors, options)
         for part in parts:
-            part.tables.fill(seen.fingerprint.addresses.select(part.index), options)
-        whole = self._norms_of_whole_layers(parts, tensors, options, scaling)
-        launches = [(part.index, part.tables) for part in parts if self._launch(part, scaling)]
-        for torch_part in self._torch_parts:
-            torch_part.run(tensors, self._groups, options, scaling, whole.get(torch_part.device))
+            part.tables.fill(addresses.select(part.index), options)
+        whole: dict[torch.device, Tensor] = {}
+        if self.state.sharded:
+            whole = self._norms_of_whole_layers(parts, tensors, options, scaling)
+        launches = [
+            (part.index, part.tables)
+            for part in parts
+            if self._launch(part, tensors, options, scaling)
+        ]
+        earlier = {} if before is None else before.of_torch
+        of_torch = {
+            part: part.run(
+                tensors, self._groups, options, scaling, whole.get(part.device), earlier.get(part)
+            )
+            for part in self._torch_parts
+        }
         # The kernels' writes are invisible to autograd.
         torch.autograd.graph.increment_version(self._written)
         if self.state.sharded:
             torch.autograd.graph.increment_version(tensors.written())
-        return Measured(self._numels, self._groups, options, launches, self._torch_parts)
+        return Measured(addresses, self._numels, self._groups, options, launches, of_torch)
 
     def _parts_of_this_run(
         self, tensors: StepTensors, options: Sequence[Options]
     ) -> list[_KernelPart]:
         """The kernel parts, with separate tables if the step is being captured."""
-        if not any(launch.capturing(part.tables.device) for part in self._kernel_parts):
+        if not any(part.tables.captured() for part in self._kernel_parts):
             self._reserve(options)
             return list(self._kernel_parts)
         if self._pool is None:
@@ -198,12 +206,13 @@ class PreparedStep:
             tuple(fresh[i] for i in index),
             len(options),
         )
-        halves = self._shards.among(index)
-        return LaunchTables(*key, contents, staged=staged, halves=halves)
+        return LaunchTables(*key, contents, staged=staged, halves=self._shards.among(index))
 
-    def _launch(self, part: _KernelPart, scaling: Scaling) -> bool:
+    def _launch(
+        self, part: _KernelPart, tensors: StepTensors, options: Sequence[Options], scaling: Scaling
+    ) -> bool:
         """Launch the kernel; False if its tensors were handed to torch operations instead."""
-        tables, split = part.tables, self._shards.among(part.index)
+        tables, split = part.tables, part.split
         on_device = scaling.on(tables.device)
         take = tables.update if split else tables.step
         try:
@@ -219,22 +228,27 @@ class PreparedStep:
                     raise
                 if replicas.exist():
                     raise replicas.refusal(self._caller, error) from error
-                self._fall_back(part, error)
+                self._fall_back(part, tensors, options, error)
                 return False
         return True
 
     def _may_retry(self, tables: LaunchTables, split: bool) -> bool:
         """Whether a failed launch did nothing, and "auto" may find another way."""
         untouched = tables.recover()
-        return self._auto and untouched and not split and not launch.capturing(tables.device)
+        return self._auto and untouched and not split and not tables.captured()
 
-    def _fall_back(self, part: _KernelPart, error: Exception) -> None:
+    def _fall_back(
+        self, part: _KernelPart, tensors: StepTensors, options: Sequence[Options], error: Exception
+    ) -> None:
         """Hand the tensors of a failed launch to torch operations, from this step on."""
         reason = f"the kernel could not be launched ({type(error).__name__}: {error})"
         fallback.warn_once(self._caller, reason)
         begun = part.tables.steps_taken() > 0
-        fresh = [self.state.fresh[i] and not begun for i in part.index]
-        self._torch_parts.append(TorchPart(part.tables.device, part.index, fresh))
+        fresh = [first and not begun for first in self.state.fresh]
+        reasons = dict.fromkeys(part.index, reason)
+        self._torch_parts.append(
+            TorchPart(part.index, tensors, self._groups, options, fresh, reasons)
+        )
         self._kernel_parts = [p for p in self._kernel_parts if p.index is not part.index]
 
     def _norms_of_whole_layers(
@@ -250,10 +264,10 @@ class PreparedStep:
             return {}
         found = []
         for part in parts:
-            if self._shards.among(part.index):
-                part.tables.sums.zero_()  # no item writes the row of an empty shard
+            if part.split:
+                part.tables.memory.sums.zero_()  # no item writes the row of an empty shard
                 part.tables.norms(scaling.on(part.tables.device))
-                found.append((part.index, part.tables.sums))
+                found.append((part.index, part.tables.memory.sums))
         own = {}
         for torch_part in self._torch_parts:
             sums = torch_part.square_sums(tensors, self._groups, options, scaling)
@@ -264,7 +278,7 @@ class PreparedStep:
 
     # ---------------------------------------------------------------- after a step
 
-    def split_over(self) -> list[tuple[object, set[int]]]:
+    def split_over(self) -> list[tuple[dist.ProcessGroup | None, set[int]]]:
         """Pairs (process group, `id` of the parameters that it splits), in the order of use."""
         params = self.state.params
         return [(group, {id(params[i]) for i in at}) for group, at in self._shards.groups()]
@@ -275,17 +289,23 @@ class PreparedStep:
         found = {"triton"} if self._kernel_parts else set()
         return found | ({"torch"} if self._torch_parts else set())
 
+    def choices(self) -> dict[int, Choice]:
+        """Which backend updates each tensor, and why."""
+        found = {i: Choice("triton") for part in self._kernel_parts for i in part.index}
+        for part in self._torch_parts:
+            found |= part.choices()
+        return dict(sorted(found.items()))
+
     @property
     def tables(self) -> list[LaunchTables]:
         """The tables of each kernel launch."""
         return [part.tables for part in self._kernel_parts]
 
-    def tensors_of(
-        self, measured: Measured, grads: Sequence[Tensor | None]
-    ) -> StepTensors | None:  # fmt: skip
+    def tensors_of(self, measured: Measured, grads: Sequence[Tensor | None]) -> StepTensors | None:
         """The tensors of the step that was measured; None if these gradients cannot be its."""
-        seen = self.see(grads)
-        return seen.tensors if seen and self.matches(seen, measured.options) else None
+        seen = self.see(grads, measured.addresses)
+        facts = plan_facts(measured.options)
+        return seen.tensors if seen and self.matches(seen, facts) else None
 
     def untaken(self) -> set[int]:
         """The `id` of each parameter whose steps were all skipped. Synchronises."""
@@ -295,6 +315,6 @@ class PreparedStep:
         return {id(self.state.params[i]) for i in index}
 
 
-def plan_facts(options: Sequence[Options]) -> list[tuple[bool, bool, bool]]:
+def plan_facts(options: Sequence[Options]) -> list[tuple[bool, ...]]:
     """Options that the plan depends on; changing others only changes numbers in a table."""
-    return [(o.adapt, o.momentum != 0, o.dampening != 0) for o in options]
+    return [(o.adapt, o.momentum != 0, o.dampening != 0, foreach.expressible(o)) for o in options]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,9 +13,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import sharding
+from .parameters import Groups
+
+_Value = TypeVar("_Value")
 
 
-def check_same_on_all_ranks(optimizer: Optimizer, group: Any = None) -> None:
+def check_same_on_all_ranks(optimizer: Optimizer, group: dist.ProcessGroup | None = None) -> None:
     """Raise on every rank unless the optimizer is the same on all of them.
 
     Compared are what runs the steps (`optimizer.backend`: after a step what ran it, before the
@@ -51,8 +54,8 @@ def _runs(optimizer: Optimizer) -> list[str]:
 
 
 def compare(
-    groups: Sequence[dict[str, Any]],
-    group: Any,
+    groups: Groups,
+    group: dist.ProcessGroup | None,
     only: set[int] | None = None,
     runs: Sequence[str] = (),
 ) -> None:
@@ -64,18 +67,17 @@ def compare(
     digests = _gather(digest, group)
     if all(other == digest for other in digests):
         return
-    everyone: list[list[str]] = _gather(lines, group)
-    message = _first_difference(everyone)
+    message = _first_difference(_gather(lines, group))
     raise RuntimeError(f"LARS: the ranks disagree: {message}")
 
 
-def _gather(value: Any, group: Any) -> list[Any]:
-    found: list[Any] = [None] * dist.get_world_size(group)
+def _gather(value: _Value, group: dist.ProcessGroup | None) -> list[_Value]:
+    found = [value] * dist.get_world_size(group)  # each is overwritten
     dist.all_gather_object(found, value, group=group)
     return found
 
 
-def _describe(groups: Sequence[dict[str, Any]], only: set[int] | None) -> list[str]:
+def _describe(groups: Groups, only: set[int] | None) -> list[str]:
     """One line per group and per parameter, in order."""
     lines = []
     for g, group in enumerate(groups):

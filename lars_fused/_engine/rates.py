@@ -57,12 +57,16 @@ def trust_ratios(
 
 
 def rates_of(
-    w_norms: Sequence[float], norms: Sequence[float], o: Options, lr: float, first: bool,
-    has_buffer: bool,
+    w_norms: Sequence[float], norms: Sequence[float], o: Options, lr: float,
+    first: Sequence[bool], has_buffer: bool,
 ) -> Rates:  # fmt: skip
-    """The factors of updates that share options."""
+    """The factors of updates that share options. `first`: whether it is the tensor's first step."""
     ratios, decays = trust_ratios(w_norms, norms, o, lr)
     inside = o.lr_in_momentum or not has_buffer
-    keep = (lr if inside else 1.0) * (1.0 if first or not has_buffer else 1.0 - o.dampening)
-    factors = [q * keep for q in ratios]
+    whole = lr if inside else 1.0
+    kept = whole * (1.0 - o.dampening) if has_buffer else whole
+    if kept == whole:
+        factors = [q * whole for q in ratios]
+    else:
+        factors = [q * (whole if f else kept) for q, f in zip(ratios, first, strict=True)]
     return Rates(ratios, decays, factors, 1.0 if inside else lr)

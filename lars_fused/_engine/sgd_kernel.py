@@ -10,15 +10,14 @@ for the one and write to the gradients for the other.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
 # The operator beneath `sgd(..., fused=True)`: calling it costs the host a quarter as much.
-_private: Any = getattr(torch, "_fused_sgd_", None)
+_private: Callable[..., None] | None = getattr(torch, "_fused_sgd_", None)
 
 
 def run(

@@ -12,11 +12,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from ..options import Options
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Placement
 
 _COLUMN = {"sum": 1, "decayed": 2, "gradient": 1}  # the column of [N(w)², N(g)², N(d)²] that D uses
 
@@ -24,8 +30,8 @@ _COLUMN = {"sum": 1, "decayed": 2, "gradient": 1}  # the column of [N(w)², N(g)
 class Layout(NamedTuple):
     """How a DTensor is distributed."""
 
-    mesh: Any
-    placements: tuple[Any, ...]
+    mesh: DeviceMesh
+    placements: tuple[Placement, ...]
 
     def split(self) -> tuple[int, ...]:
         """The mesh dimensions that split its elements."""
@@ -43,16 +49,20 @@ def layout(t: Tensor | None) -> Layout | None:
     module = sys.modules.get("torch.distributed.tensor")
     if t is None or module is None or not isinstance(t, module.DTensor):
         return None
-    wrapper: Any = t
+    wrapper = cast("DTensor", t)
     return Layout(wrapper.device_mesh, tuple(wrapper.placements))
 
 
-def local(t: Any) -> Any:
+@overload
+def local(t: Tensor) -> Tensor: ...
+@overload
+def local(t: Tensor | None) -> Tensor | None: ...
+def local(t: Tensor | None) -> Tensor | None:
     """This rank's part of a DTensor, sharing its memory; any other tensor (or None) as it is."""
     if layout(t) is None:
         return t
     with torch.no_grad():
-        part = t.to_local()
+        part: Tensor = cast("DTensor", t).to_local()
     return part.wait() if hasattr(part, "wait") else part  # a collective may still be running
 
 
@@ -116,7 +126,7 @@ def check(p: Tensor, others: dict[str, Tensor | None], label: Callable[[], str])
 class _Exchange:
     """The tensors that are split across one mesh, and how their sums are reduced."""
 
-    def __init__(self, mesh: Any, layouts: dict[int, Layout]):
+    def __init__(self, mesh: DeviceMesh, layouts: dict[int, Layout]):
         self.at = {tensor: row for row, tensor in enumerate(layouts)}
         dims = sorted({dim for lay in layouts.values() for dim in lay.split()})
         # A tensor that is replicated along a dimension is counted once there, not once per rank.
@@ -132,7 +142,7 @@ class _Exchange:
         # One collective if an existing group has exactly these ranks; creating a group here could
         # wait for ranks that never join.
         if len(dims) > 1 and ranks == dist.get_world_size():
-            self.groups = [dist.group.WORLD]
+            self.groups: list[dist.ProcessGroup | None] = [dist.group.WORLD]
         else:
             self.groups = [mesh.get_group(dim) for dim in dims]
         self._on_device: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
@@ -181,7 +191,7 @@ class Shards:
     """Which tensors of a list are split across ranks. False if none is."""
 
     def __init__(self, tensors: Sequence[Tensor]):
-        by_mesh: dict[Any, dict[int, Layout]] = {}
+        by_mesh: dict[DeviceMesh, dict[int, Layout]] = {}
         for i, t in enumerate(tensors):
             where = layout(t)
             if where is not None and where.split() and where.mesh.get_coordinate() is not None:
@@ -196,11 +206,21 @@ class Shards:
         """Whether any of these tensors is split."""
         return bool(self._split) and not self._split.isdisjoint(index)
 
-    def groups(self) -> list[tuple[Any, list[int]]]:
+    def groups(self) -> list[tuple[dist.ProcessGroup | None, list[int]]]:
         """Pairs (process group, the tensors whose sums it reduces), in the order of use."""
         return [(group, list(x.at)) for x in self._exchanges for group in x.groups]
 
-    def add_up(self, tables: Sequence[tuple[list[int], Tensor]], options: Sequence[Any]) -> None:
+    def on_any_rank(self, here: bool, device: torch.device) -> bool:
+        """Whether something is true on a rank that shares a tensor. Waits for the device."""
+        for group, _ in self.groups():
+            flag = torch.full((1,), float(here), device=device)
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
+            here = bool(flag)
+        return here
+
+    def add_up(
+        self, tables: Sequence[tuple[list[int], Tensor]], options: Sequence[Options]
+    ) -> None:
         """Turn local rows [N(w)², N(g)², N(d)²] into those of whole layers.
 
         One all-reduce per mesh, of two numbers per layer: N(w)² and the norm in the denominator.

@@ -143,3 +143,46 @@ def places(tensors: StepTensors) -> list[Place | None]:
     for g in tensors.grads:
         found.append((type(g), g.device, None, g.shape, (), g.untyped_storage().nbytes() == 0))
     return found
+
+
+class Seen(NamedTuple):
+    """The tensors of one call of `step()` and their fingerprint."""
+
+    tensors: StepTensors
+    fingerprint: Fingerprint
+    unmoved: bool
+    """Whether each is where it was known to be."""
+
+
+def see(tensors: StepTensors, known: Addresses) -> Seen | None:
+    """Read the fingerprint of a step's tensors; None if a gradient is missing or not strided.
+
+    `known`: where they were when they were last found to fit.
+    """
+    read = fingerprint(tensors)
+    if read is None:
+        return None
+    unmoved = read.addresses == known
+    if unmoved:  # comparing the same object is then immediate
+        read = read._replace(addresses=known)
+    return Seen(tensors, read, unmoved)
+
+
+class Basis(NamedTuple):
+    """What of its tensors a step was prepared for."""
+
+    fingerprint: Fingerprint
+    places: list[Place | None]
+
+    def fits(self, seen: Seen) -> bool:
+        """Whether tensors are like those: at new addresses, or at those where they were known."""
+        if seen.fingerprint[1:] != self.fingerprint[1:]:
+            return False
+        return seen.unmoved or places(seen.tensors) == self.places
+
+
+def basis(tensors: StepTensors) -> Basis:
+    """The basis of a step of tensors that were checked."""
+    read = fingerprint(tensors)
+    assert read is not None, "every gradient was checked"
+    return Basis(read, places(tensors))

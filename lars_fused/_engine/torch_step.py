@@ -7,8 +7,8 @@ tensors that neither supports: float64, piece by piece.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,29 +19,89 @@ from . import foreach, fused, portable, square_norms
 from .small_batch import numbers
 
 REFERENCE = "reference"
-BACKENDS: dict[str, Any] = {"fused": fused, "foreach": foreach, REFERENCE: portable}
+Column = Sequence[Tensor | None]
+_Objection = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Options], str | None]
+_OBJECTIONS: dict[str, _Objection] = {
+    "fused": fused.objection,
+    "foreach": foreach.objection,
+    REFERENCE: lambda *_: None,  # it can update every tensor
+}
+Table = Tensor | Sequence[Sequence[float]]
+"""Squared norms by tensor, on the host as numbers or on the device."""
 
 
-def partition(
-    weights: Sequence[Tensor], grads: Sequence[Tensor], buffers: Sequence[Tensor | None],
-    copies: Sequence[Tensor | None], options: Sequence[Options], first: Sequence[bool],
-    backend: str | None = None,
-) -> dict[str, list[int]]:  # fmt: skip
-    """Which tensors each backend updates. `backend`: tried instead of the device's default."""
-    found: dict[str, list[int]] = {}
+class Division(NamedTuple):
+    """Which backend updates which tensors of one device, and why."""
+
+    offered: str
+    """The backend that comes before the reference."""
+    parts: dict[str, list[int]]
+    reasons: dict[int, str]
+    """Why it does not update each of those that it leaves to the reference."""
+
+
+def divide(
+    weights: Sequence[Tensor], grads: Sequence[Tensor], buffers: Column, copies: Column,
+    options: Sequence[Options], backend: str | None = None,
+) -> Division:  # fmt: skip
+    """Assign every tensor to a backend. `backend`: offered to instead of the device's own."""
+    offered = backend or ("fused" if weights[0].device.type == "cpu" else "foreach")
+    parts: dict[str, list[int]] = {}
+    reasons: dict[int, str] = {}
+    objection = _OBJECTIONS[offered]
     for i, w in enumerate(weights):
-        offered = backend or ("fused" if w.device.type == "cpu" else "foreach")
-        this = w, grads[i], buffers[i], copies[i], options[i], first[i]
-        taken = BACKENDS[offered].objection(*this) is None
-        found.setdefault(offered if taken else REFERENCE, []).append(i)
-    return found
+        reason = objection(w, grads[i], buffers[i], copies[i], options[i])
+        if reason is not None:
+            reasons[i] = reason
+        parts.setdefault(offered if reason is None else REFERENCE, []).append(i)
+    return Division(offered, parts, reasons)
+
+
+class Prepared(NamedTuple):
+    """What steps of tensors like some that were shown can share. Holds none of the tensors.
+
+    It serves as long as shapes, strides, dtypes, devices and `foreach.expressible` stay the same,
+    and tensors that share an `Options` object go on sharing one.
+    """
+
+    division: Division
+    plans: dict[str, fused.Plan | foreach.Layout | None]
+    """By backend; the reference needs none."""
+
+
+def prepare(
+    weights: Sequence[Tensor], grads: Sequence[Tensor], buffers: Column, copies: Column,
+    options: Sequence[Options], backend: str | None = None,
+) -> Prepared:  # fmt: skip
+    """Divide a list of tensors of one device between the backends, and plan the work of each."""
+    division = divide(weights, grads, buffers, copies, options, backend)
+    plans: dict[str, fused.Plan | foreach.Layout | None] = {}
+    for name, index in division.parts.items():
+        w = [weights[i] for i in index]
+        if name == "fused":
+            g, v, o = [grads[i] for i in index], [buffers[i] for i in index], options
+            plans[name] = fused.Plan(w, g, v, [o[i] for i in index])
+        else:
+            plans[name] = foreach.Layout(w) if name == "foreach" else None
+    return Prepared(division, plans)
+
+
+def prepare_norms(
+    weights: Sequence[Tensor], grads: Sequence[Tensor], options: Sequence[Options],
+    backend: str | None = None,
+) -> Prepared:  # fmt: skip
+    """The same for `square_sums_of`, which does without buffers and copies."""
+    none: Column = [None] * len(weights)
+    return prepare(weights, grads, none, none, options, backend)
 
 
 class Found(NamedTuple):
     """What a step measured. On a CPU these are numbers: tables are only made if somebody asks."""
 
     parts: dict[str, list[int]]
-    measured: list[tuple[Any, Any]]
+    sums: list[Table]
+    """Of each part."""
+    ratios: list[Tensor | list[float]]
 
     def tables(self) -> tuple[Tensor, Tensor]:
         """Squared norms and trust ratios, float64 (float32 if the device lacks it).
@@ -50,15 +110,14 @@ class Found(NamedTuple):
             [n, 3]: N(w)², N(g)², N(d)² with gradients divided by the loss scale, NaN for what the
             step did not need; and [n]: trust ratios.
         """
-        sums, ratios = zip(*self.measured, strict=True)
-        return _in_order(self.parts, sums), _in_order(self.parts, ratios)
+        return _in_order(self.parts, self.sums), _in_order(self.parts, self.ratios)
 
 
 def step_(
-    weights: Sequence[Tensor], grads: Sequence[Tensor], buffers: Sequence[Tensor | None],
-    copies: Sequence[Tensor | None], options: Sequence[Options], first: Sequence[bool],
-    scale: Any = 1.0, sums: Tensor | None = None, found_inf: Tensor | None = None,
-    backend: str | None = None, memo: dict[Any, Any] | None = None,
+    weights: Sequence[Tensor], grads: Sequence[Tensor], buffers: Column, copies: Column,
+    options: Sequence[Options], first: Sequence[bool], scale: float | Tensor = 1.0,
+    sums: Tensor | None = None, found_inf: Tensor | None = None, *,
+    prepared: Prepared | None = None, backend: str | None = None,
 ) -> Found:  # fmt: skip
     """One step on a list of tensors of one device, in place.
 
@@ -73,54 +132,70 @@ def step_(
         sums: squared norms [n, 3] of whole layers, if each tensor is part of one. NaN in an
             unknown column.
         found_inf: a non-zero value skips the step. On a CPU the caller has already checked it.
-        backend: "fused", "foreach" or "reference" for all tensors that it supports; the reference
-            updates the others.
-        memo: a cache, to be kept for as long as the lists have tensors of the same shapes,
-            strides, dtypes and devices; saves partitioning and preparing them again.
+        prepared: by `prepare`, for tensors like these; None to prepare this step alone.
+        backend: "fused", "foreach" or "reference" for all tensors that it supports, where the step
+            is prepared here; the reference updates the others.
 
     Returns:
         What was measured on the way.
     """
-    memo = {} if memo is None else memo
-    parts = _parts(memo, weights, grads, buffers, copies, options, first, backend)
-    found = []
+    if prepared is None:
+        prepared = prepare(weights, grads, buffers, copies, options, backend)
+    parts = prepared.division.parts
+    found = Found(parts, [], [])
     for name, index in parts.items():
-        whole = len(index) == len(weights)
-        lists = (weights, grads, buffers, copies, options, first)
-        chosen: Any = lists if whole else [[column[i] for i in index] for column in lists]
-        part = sums if sums is None or whole else sums[index]
-        if name == REFERENCE:
-            found.append(_reference(scale, part, found_inf, *chosen))
+        part = sums
+        lists = weights, grads, buffers, copies, options, first
+        if len(index) < len(weights):
+            lists = (
+                [weights[i] for i in index], [grads[i] for i in index],
+                [buffers[i] for i in index], [copies[i] for i in index],
+                [options[i] for i in index], [first[i] for i in index],
+            )  # fmt: skip
+            part = None if sums is None else sums[index]
+        plan = prepared.plans[name]
+        rows: Table
+        ratios: Tensor | list[float]
+        if isinstance(plan, fused.Plan):
+            rows, ratios = fused.step_(*lists, scale, part, plan)
+        elif isinstance(plan, foreach.Layout):
+            rows, ratios = foreach.step_(*lists, scale, part, found_inf, plan)
         else:
-            own = memo.setdefault(name, {})
-            found.append(BACKENDS[name].step_(*chosen, scale, part, found_inf, own))
-    return Found(parts, found)
+            rows, ratios = _reference(*lists, scale, part, found_inf)
+        found.sums.append(rows)
+        found.ratios.append(ratios)
+    return found
 
 
 def square_sums_of(
     weights: Sequence[Tensor], grads: Sequence[Tensor], options: Sequence[Options],
-    scale: Any = 1.0, backend: str | None = None, memo: dict[Any, Any] | None = None,
+    scale: float | Tensor = 1.0, *, prepared: Prepared | None = None, backend: str | None = None,
 ) -> Tensor:  # fmt: skip
-    """Only the first result of `step_`, for tensors that are parts of layers."""
-    n = len(weights)
-    memo = {} if memo is None else memo.setdefault("norms", {})
-    none, no = [None] * n, [False] * n
-    parts = _parts(memo, weights, grads, none, none, options, no, backend)
+    """Only the first result of `step_`, for tensors that are parts of layers.
+
+    `prepared`: by `prepare_norms`.
+    """
+    if prepared is None:
+        prepared = prepare_norms(weights, grads, options, backend)
     found: list[Tensor] = []
-    for name, index in parts.items():
-        lists: Any = [[column[i] for i in index] for column in (weights, grads, options)]
-        if name == REFERENCE:
-            found.append(BACKENDS[name].square_sums_of(*lists, scale))
+    for name, index in prepared.division.parts.items():
+        w, g, o = [weights[i] for i in index], [grads[i] for i in index], options
+        lists = w, g, [o[i] for i in index], scale
+        plan = prepared.plans[name]
+        if isinstance(plan, fused.Plan):
+            found.append(fused.square_sums_of(*lists, plan))
+        elif isinstance(plan, foreach.Layout):
+            found.append(foreach.square_sums_of(*lists, plan))
         else:
-            found.append(BACKENDS[name].square_sums_of(*lists, scale, memo.setdefault(name, {})))
-    return _in_order(parts, found)
+            found.append(portable.square_sums_of(*lists))
+    return _in_order(prepared.division.parts, found)
 
 
 def learning_rates(options: Sequence[Options], like: Tensor) -> Tensor:
     """The learning rate of each tensor, in the dtype and on the device of `like`."""
     distinct = {id(o.lr): o.lr for o in options}
     if not any(isinstance(lr, Tensor) for lr in distinct.values()):
-        return numbers([o.lr for o in options], torch.float64).to(like)
+        return numbers([float(o.lr) for o in options], torch.float64).to(like)
     at = {key: k for k, key in enumerate(distinct)}
     values = torch.stack([scalar(lr, like) for lr in distinct.values()])
     return values[torch.tensor([at[id(o.lr)] for o in options], device="cpu").to(like.device)]
@@ -135,15 +210,7 @@ def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([portable.squared_norm(t) for t in tensors])
 
 
-def _parts(memo: dict[Any, Any], weights: Sequence[Tensor], *rest: Any) -> dict[str, list[int]]:
-    key = "partition", rest[-1]
-    if key not in memo:
-        memo[key] = partition(weights, *rest)
-    parts: dict[str, list[int]] = memo[key]
-    return parts
-
-
-def _in_order(parts: dict[str, list[int]], found: Sequence[Any]) -> Tensor:
+def _in_order(parts: dict[str, list[int]], found: Sequence[Table | list[float]]) -> Tensor:
     """Join the rows of several parts into one table in the order of the tensors."""
     rows = [r if isinstance(r, Tensor) else torch.tensor(r, dtype=torch.float64, device="cpu")
             for r in found]  # fmt: skip
@@ -156,18 +223,17 @@ def _in_order(parts: dict[str, list[int]], found: Sequence[Any]) -> Tensor:
 
 
 def _reference(
-    scale: Any, sums: Tensor | None, found_inf: Tensor | None, *lists: Any
-) -> tuple[Tensor, Tensor]:
-    step: Any = portable.step_
-    taken: tuple[Tensor, Tensor]
+    weights: Sequence[Tensor], grads: Sequence[Tensor], buffers: Column, copies: Column,
+    options: Sequence[Options], first: Sequence[bool], scale: float | Tensor, sums: Tensor | None,
+    found_inf: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    lists = weights, grads, buffers, copies, options, first
     if found_inf is None:
-        taken = step(*lists, scale, sums)
-        return taken
+        return portable.step_(*lists, scale, sums)
     # Without reading it: what the step wrote is exchanged for the previous values.
-    weights, _, buffers, copies = lists[:4]
     written = [t for t in (*weights, *buffers, *copies) if t is not None]
     before = [t.clone() for t in written]
-    taken = step(*lists, scale, sums)
+    taken = portable.step_(*lists, scale, sums)
     skipped = found_inf.to(written[0].device).reshape(()) != 0
     for t, old in zip(written, before, strict=True):
         t.copy_(torch.where(skipped, old, t))

@@ -183,7 +183,7 @@ def check_gradient(p: Tensor, g: Tensor, label: Callable[[], str]) -> None:
     _check_storage(g, "its gradient's", label)
 
 
-def check_state(p: Tensor, key: str, value: Any, label: Callable[[], str]) -> None:
+def check_state(p: Tensor, key: str, value: object, label: Callable[[], str]) -> None:
     """Raise unless a state tensor fits its parameter."""
     if not isinstance(value, Tensor):
         raise RuntimeError(

@@ -8,7 +8,6 @@ launched, and compared with the same step of plain tensors.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,14 +47,16 @@ def _step_of_copies(
 ) -> Tensor:
     """The parameter after a step of copies."""
 
-    def each(column: Sequence[Tensor | None]) -> list[Any]:
+    def each(column: Sequence[Tensor | None]) -> list[Tensor | None]:
         return [None if t is None else copied(t) for t in column]
 
     tensors = StepTensors(
-        each(one.weights), each(one.grads), each(one.buffers), each(one.copies), one.masters
-    )
+        [copied(t) for t in one.weights], [copied(t) for t in one.grads], each(one.buffers),
+        each(one.copies), one.masters,
+    )  # fmt: skip
     weight = tensors.weights[0]
-    TorchPart(weight.device, [0], [True]).run(tensors, [0], [options], Scaling(), None)
+    part = TorchPart([0], tensors, [0], [options], [True], {})
+    part.run(tensors, [0], [options], Scaling(), None, None)
     return _plain(weight)
 
 

@@ -140,7 +140,8 @@ class Overlap:
         # DDP compares annotations, which are strings here: a lambda has none.
         model.register_comm_hook(None, lambda _, bucket: self._hook(bucket))
         optimizer._overlap = self
-        optimizer._engine.room += sum(len(group["params"]) for group in optimizer.param_groups)
+        parts = sum(len(group["params"]) for group in optimizer.param_groups)
+        optimizer._engine.prepared.room += parts
 
     def remove(self) -> None:
         """Return to plain steps by `step()`. DDP keeps the hook, which then only averages."""

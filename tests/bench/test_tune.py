@@ -176,5 +176,5 @@ def test_a_candidate_is_launched_with_its_constants_and_leaves_no_trace(tuner):
         assert internals.kernels().tuning.row_for("interpreter") == row
         variant = tuner._variant(row, 0)
     (work,) = internals.launches(variant.step.__self__)
-    assert work.row == row
+    assert work.schedule.target.row == row
     assert rows == before

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from lars_fused import LARS, lars_step
 from lars_fused._engine import launch
 from tests import internals
+from tests.engine.test_partition import mixed, report_of
 
 pytestmark = pytest.mark.interpret
 
@@ -97,7 +98,27 @@ def test_what_ran_is_what_backend_says(monkeypatch):
     internals.forget_warnings(monkeypatch)
     failing_launches(monkeypatch, 10)
     with pytest.warns(RuntimeWarning, match="kernel could not be launched"):
-        assert two_steps(p).backend == "torch"
+        optimizer = two_steps(p)
+    assert optimizer.backend == "torch"
+    assert (
+        "not triton, since the kernel could not be launched (FileNotFound"
+        in optimizer.backend_report()
+    )
+
+
+def test_the_report_says_what_the_kernels_left_and_why():
+    optimizer = mixed()
+    optimizer.step()
+    first, *others = report_of(optimizer)
+    assert first == "triton: 3 tensors"
+    assert sorted(line.partition(",")[0] for line in others) == [
+        "fused: 1 tensor (layer4); not triton", "reference: 1 tensor (layer3); not triton",
+    ]  # fmt: skip
+    optimizer.zero_grad()
+    for p in optimizer.param_groups[0]["params"][:2]:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert report_of(optimizer) == ["triton: 2 tensors"]
 
 
 def test_lars_step_speaks_for_itself(monkeypatch):

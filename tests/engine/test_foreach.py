@@ -44,10 +44,11 @@ def step(w, g, v, options, first=None, **more):
 
 def counted(count, options, **more):
     w, g, v = lists([(3, 1 + i % 5) for i in range(count)])
-    memo = {}
-    step(w, g, v, options, memo=memo, **more)
+    n = len(w)
+    prepared = torch_step.prepare(w, g, v, [None] * n, [options] * n, backend="foreach")
+    step(w, g, v, options, prepared=prepared, **more)
     with Dispatches() as mode:
-        step(w, g, v, options, memo=memo, **more)
+        step(w, g, v, options, prepared=prepared, **more)
     return mode.names
 
 
@@ -174,7 +175,7 @@ def test_what_it_objects_to():
     o = Options(**TERMS)
 
     def why(w=w[0], g=g[0], v=v[0], o=o):
-        return foreach.objection(w, g, v, None, o, False)
+        return foreach.objection(w, g, v, None, o)
 
     assert why() is None
     assert why(w=w[0].double()) == "the tensor is torch.float64"

@@ -37,6 +37,11 @@ def calls(monkeypatch):
     return made
 
 
+def prepare(w, g, v, o):
+    n = len(w)
+    return torch_step.prepare(w, g, v, [None] * n, [o] * n)
+
+
 def step(w, g, v, o, first=None, **more):
     n = len(w)
     return torch_step.step_(w, g, v, [None] * n, [o] * n, first or [False] * n, **more)
@@ -149,18 +154,19 @@ def test_extreme_magnitudes_take_the_reference(monkeypatch):
 def test_padding_does_not_carry_a_nan_over():
     """A row's padding holds factor times zero: NaN, once a gradient was infinite."""
     w, g, v = lists([(3, 2), (5,)])
-    memo, o = {}, Options(**TERMS)
+    o = Options(**TERMS)
+    prepared = prepare(w, g, v, o)
     spoilt = [torch.full((3, 2), torch.inf), g[1]]
-    step(w, spoilt, v, o, memo=memo)
+    step(w, spoilt, v, o, prepared=prepared)
     w[0], v[0] = torch.ones(3, 2), torch.ones(3, 2)
-    step(w, g, v, o, memo=memo)
+    step(w, g, v, o, prepared=prepared)
     assert all(bool(t.isfinite().all()) for t in (*w, *v))
 
 
 def test_many_small_tensors_are_few_calls(calls):
     w, g, v = lists([(18, 17)] * 32)
-    memo, o = {}, Options(**TERMS)
-    step(w, g, v, o, memo=memo)
+    o = Options(**TERMS)
+    step(w, g, v, o)
     assert len(calls) == 1
     w, g, v = lists([(4, 1 + i % 9) for i in range(2000)])
     del calls[:]
@@ -168,12 +174,13 @@ def test_many_small_tensors_are_few_calls(calls):
     assert len(calls) <= 4
 
 
-def test_bitwise_the_same_again_and_with_a_memo():
-    found = []
-    for memo in (None, {}, {}):
+def test_bitwise_the_same_again_and_prepared():
+    found, o = [], Options(**TERMS)
+    for prepared in (False, True, True):
         w, g, v = lists(SHAPES)
+        plan = prepare(w, g, v, o) if prepared else None
         for _ in range(3):
-            step(w, g, v, Options(**TERMS), memo=memo)
+            step(w, g, v, o, prepared=plan)
         found.append((bits(w), bits(v)))
     assert found[0] == found[1] == found[2]
 
@@ -276,18 +283,14 @@ def test_norms_cost_little_more_than_torch(monkeypatch):
 
 def test_what_is_kept_between_steps_is_small():
     """Scratch of two small matrices, and of large tensors a few bytes per 4,096 elements."""
-    memo = {}
     w, g, v = lists([(100, 100)] * 40)
-    step(w, g, v, Options(**TERMS), memo=memo)
-    (plan,) = (plan for key, plan in memo["fused"].items() if key[0] == "plan")
+    plan = prepare(w, g, v, Options(**TERMS)).plans["fused"]
     scratch = {id(b._scratch): b._scratch for b in plan.batches}
     assert len(scratch) == 1
     held = next(iter(scratch.values()))._held
     assert sum(t.numel() for t in held.values()) == 2 * small_batch.ROOM
     w, g, v = lists([(300, 1000)] * 3)
-    memo = {}
-    step(w, g, v, Options(**TERMS), memo=memo)
-    (plan,) = (plan for key, plan in memo["fused"].items() if key[0] == "plan")
+    plan = prepare(w, g, v, Options(**TERMS)).plans["fused"]
     kept = sum(window._table.numel() for window in plan.windows)
     assert 0 < kept <= 2 * 3 * (300_000 // 1000)
 

@@ -45,7 +45,7 @@ def test_a_broken_triton_is_told_in_its_own_words(monkeypatch):
         raise ImportError("libtriton.so: not found")
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(internals.launch, "kernels", broken)
+    monkeypatch.setattr(internals.launch, "functions", broken)
     reason = internals.launch.why_not(torch.device("cpu"))
     assert reason == "triton cannot be used (ImportError: libtriton.so: not found)"
 
@@ -182,8 +182,8 @@ def test_a_kernel_that_raises_midway_leaves_the_queue_reset(
             broken.setattr(builder, "create_atomic_rmw", fail)
             with pytest.raises(Exception, match="interrupted"):
                 trial.optimizer.step()
-        assert work.counter.item() == 2 << 32
-        assert not work.arrivals.any()
+        assert work.memory.counter.item() == 2 << 32
+        assert not work.memory.arrivals.any()
         for one in trial.ones:  # whatever has been done to them by now
             one.start = one.p.detach().double()
             one.truth, one.eager = one.start.clone(), one.p.detach().clone()
@@ -216,9 +216,9 @@ def test_recover_says_whether_work_was_done(row):
     trial.step()
     (work,) = trial.works()
     assert work.recover()
-    work.counter += 3
+    work.memory.counter.add_(3)
     assert not work.recover()
-    assert work.counter.item() == 2 << 32
+    assert work.memory.counter.item() == 2 << 32
 
 
 @marked(interpret, pytest.mark.gpu)

@@ -67,7 +67,7 @@ def test_resnet50_is_one_launch_a_step(launched):
     assert launched == ["lars_step"] * 5
 
     (work,) = internals.launches(optimizer)
-    _, tensors, _ = unpack_items(work.plan.items)
+    _, tensors, _ = unpack_items(work.schedule.plan.items)
     assert sorted(set(tensors.tolist())) == list(range(161))
     assert internals.element_counts(work).sum() == 25_557_032
 

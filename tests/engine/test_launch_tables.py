@@ -96,7 +96,7 @@ def test_the_tables_of_5000_tensors(monkeypatch):
         ],
     }
     for name, column in columns.items():
-        assert work.tensors[:, getattr(layout, name)].tolist() == column, name
+        assert work.rows.tensors[:, getattr(layout, name)].tolist() == column, name
     kinds, tensors, chunks = unpack_items(work.items)
     assert kinds.unique().tolist() == [BOTH]
     assert chunks.unique().tolist() == [0]
@@ -129,7 +129,7 @@ def test_elements_beyond_two_to_the_31(monkeypatch, launches):
         options = Options(lr=0.5, momentum=0.0, adapt=False)
         work = internals.lone_tables(device, dtypes, numel, options)
     last = pack_item(BOTH, 0, (1 << 31) // row.chunk)
-    assert last in work.plan.items.tolist()
+    assert last in work.schedule.plan.items.tolist()
     internals.single_chunk(work, last)
     below = 2 * (numel - tail)
     internals.point_at(work, w.data_ptr() - below, g.data_ptr() - below)
@@ -152,6 +152,25 @@ def test_the_number_of_launches_is_one_or_two():
         pytest.raises(ValueError, match=re.escape("LARS_FUSED_LAUNCHES=3 is not allowed")),
     ):
         LARS(some(), backend="triton").step()
+
+
+@interpret
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("lars_step", internals.launch.StepArguments),
+        ("l2norm", internals.launch.NormArguments),
+        ("lars_update", internals.launch.UpdateArguments),
+    ],
+)
+def test_arguments_bear_the_names_that_the_kernel_gives_them(name, arguments):
+    """They are passed by position."""
+    names = internals.launch.functions()[name].arg_names
+    compile_time = internals.launch.constants(
+        internals.Dtypes(*[torch.float32] * 4),
+        internals.kernels().tuning.row_for("sm_90"), name, False,
+    )  # fmt: skip
+    assert names == [*arguments._fields, *compile_time]
 
 
 @interpret
@@ -222,10 +241,15 @@ def test_every_table_of_a_launch_is_known_to_its_streams(launches):
         elif isinstance(value, (list, tuple)):
             for inner in value:
                 yield from tensors_in(inner)
+        elif hasattr(value, "__dict__"):
+            yield from tensors_in(vars(value))
 
-    held = [t for name, value in vars(work).items() if name != "plan" for t in tensors_in(value)]
+    held = [
+        t for name, value in vars(work).items() if name != "schedule" for t in tensors_in(value)
+    ]
     known = {t.data_ptr() for t in work.tables()}
-    on_host_alone = {work._fresh.data_ptr()}
+    on_host_alone = {work.rows._fresh.data_ptr()}
+    assert len([t for t in held if t.numel()]) > 10
     assert {t.data_ptr() for t in held if t.numel()} - on_host_alone <= known
 
 

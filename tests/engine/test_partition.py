@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lars_fused import LARS
 from lars_fused._engine import partition
 from lars_fused._engine.tensors import StepTensors
 
@@ -88,3 +89,39 @@ def test_dividing_changes_nothing():
     after = [*ts.weights, *ts.grads, *ts.buffers]
     assert all(map(torch.equal, before, after))
     assert [t._version for t in after] == versions
+
+
+def mixed(backend="auto"):
+    """An optimizer of three ordinary tensors, one whose gradient is turned, and a float64 one."""
+    params = [torch.nn.Parameter(torch.ones(3, 4)) for _ in range(4)]
+    params.append(torch.nn.Parameter(torch.ones(5, dtype=torch.float64)))
+    for p in params:
+        p.grad = torch.ones_like(p)
+    params[3].grad = torch.ones(4, 3).T
+    return LARS([(f"layer{i}", p) for i, p in enumerate(params)], backend=backend)
+
+
+def report_of(optimizer):
+    return optimizer.backend_report().splitlines()
+
+
+def test_before_a_step_nothing_is_said_of_tensors():
+    assert report_of(mixed()) == []
+
+
+def test_it_says_which_backend_of_torch_took_what_and_why():
+    optimizer = mixed("torch")
+    optimizer.step()
+    asked = "not triton, since backend='torch' was requested"
+    assert report_of(optimizer) == [
+        f"fused: 4 tensors (layer0, layer1, layer2, ...); {asked}",
+        f"reference: 1 tensor (layer3); {asked}; not fused, since its gradient has strides (1, 3), "
+        "the tensor (4, 1)",
+    ]
+
+
+def test_a_report_of_very_many_reasons_ends():
+    choices = {i: partition.Choice("reference", (("triton", f"reason {i}"),)) for i in range(100)}
+    lines = partition.report(choices, str)
+    assert len(lines) == 9
+    assert lines[-1] == "and 92 more such lines"

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from lars_fused import LARS
+from lars_fused._engine.prepared_step import plan_facts
 from lars_fused._engine.tensors import Scaling
+from tests import internals
 from tests.tools import make_grads, make_params
 
 pytestmark = [pytest.mark.cpu, pytest.mark.interpret]
@@ -22,8 +24,8 @@ def stepped(backend, **options):
     set_grads(params, 0)
     optimizer.step()
     engine = optimizer._engine
-    ((step, _, _),) = engine.last
-    return params, optimizer, step, engine._options
+    ((step, *_),) = engine.last
+    return params, optimizer, step, engine._hyper.options
 
 
 def set_grads(params, seed):
@@ -32,8 +34,8 @@ def set_grads(params, seed):
 
 
 def fits(step, params, options):
-    seen = step.see([p.grad for p in params])
-    return seen is not None and step.matches(seen, options)
+    seen = step.see([p.grad for p in params], step.addresses)
+    return seen is not None and step.matches(seen, plan_facts(options))
 
 
 def test_new_gradients_and_rates_match(backend):
@@ -48,6 +50,15 @@ def test_an_option_that_the_plan_depends_on_does_not_match(change, backend):
     params, _, step, options = stepped(backend)
     value = {"adapt": False, "momentum": 0.0, "dampening": 0.5}[change]
     assert not fits(step, params, [options[0]._replace(**{change: value})])
+
+
+def test_options_that_decide_between_backends_do_not_match(backend):
+    """With both, whether a tensor decays depends on N(g + βw), which foreach does not express."""
+    params, _, step, (o,) = stepped(backend)
+    assert fits(step, params, [o._replace(denominator="decayed")])
+    assert fits(step, params, [o._replace(decay_zero_norm=False)])
+    both = o._replace(denominator="decayed", decay_zero_norm=False)
+    assert not fits(step, params, [both])
 
 
 @pytest.mark.parametrize("what", ["missing", "strides", "dtype", "sparse", "memory"])
@@ -76,9 +87,9 @@ def test_asking_changes_nothing(backend):
     set_grads(params, 1)
     set_grads(others, 2)
     mine, theirs = ([p.grad for p in ps] for ps in (params, others))
-    seen = step.see(mine)
-    assert step.matches(seen, options)
-    step.matches(step.see(theirs), options)
+    seen = step.see(mine, step.addresses)
+    assert step.matches(seen, plan_facts(options))
+    step.matches(step.see(theirs, step.addresses), plan_facts(options))
     before = [p.detach().clone() for p in params]
     with torch.no_grad():
         step.run(seen, options, Scaling())
@@ -88,6 +99,36 @@ def test_asking_changes_nothing(backend):
     optimizer.step()
     assert all(map(torch.equal, params, twins))
     assert not any(map(torch.equal, before, params))
+
+
+def test_a_step_leaves_what_was_prepared_as_it_was(backend):
+    """Nothing is remembered from the last call: other gradients, another rate, another scale."""
+    params, optimizer, step, _ = stepped(backend)
+    parts = [step, *step._torch_parts]
+    before = [dict(vars(part)) for part in parts]
+    set_grads(params, 1)
+    optimizer.param_groups[0]["lr"] = 0.3
+    optimizer.grad_scale = torch.tensor(2.0)
+    optimizer.step()
+    assert optimizer._engine.last[0].step is step
+    assert (backend == "torch") == (len(parts) == 2)
+    for part, held in zip(parts, before, strict=True):
+        assert vars(part).keys() == held.keys()
+        assert [name for name, value in vars(part).items() if value is not held[name]] == []
+
+
+def test_what_a_skipped_step_measured_is_what_the_step_before_did(backend, monkeypatch):
+    """Also where another pattern of gradients was stepped between them."""
+    internals.keep_found_inf_from_the_host(monkeypatch)
+    params, optimizer, _, _ = stepped(backend)
+    before = optimizer.layer_stats()
+    params[0].grad = None
+    optimizer.step()
+    set_grads(params, 3)
+    optimizer.found_inf = torch.ones(1)
+    optimizer.step()
+    after = optimizer.layer_stats()
+    assert [row[:2] for row in after.values()] == [row[:2] for row in before.values()]
 
 
 def test_no_gradient_is_kept_alive(backend):

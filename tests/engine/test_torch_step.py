@@ -74,9 +74,8 @@ def test_every_option_on_every_backend(backend, name):
     n = len(w)
     true_w, true_v, (true_sums, true_ratios) = truth_of(w, g, v, [None] * n, [o] * n, first, 8.0)
     scale = torch.tensor(8.0, dtype=F64)
-    memo = {}
     sums, ratios = torch_step.step_(
-        w, g, v, [None] * n, [o] * n, first, scale, backend=backend, memo=memo
+        w, g, v, [None] * n, [o] * n, first, scale, backend=backend
     ).tables()
     check(w, true_w, old_w)
     check([x for x in v if x is not None], [x for x in true_v if x is not None],
@@ -84,7 +83,7 @@ def test_every_option_on_every_backend(backend, name):
     torch.testing.assert_close(ratios, true_ratios, rtol=1e-6, atol=0)
     check_sums(sums, true_sums, [o] * n, 1e-5)
     assert bits(g) == before, "a gradient was written"
-    parts = torch_step.partition(w, g, v, [None] * n, [o] * n, first, backend)
+    parts = torch_step.divide(w, g, v, [None] * n, [o] * n, backend).parts
     assert list(parts) == [backend], "another backend took some of the tensors"
 
 
@@ -161,12 +160,16 @@ def test_what_a_backend_objects_to_goes_to_the_reference_in_the_same_step():
     w[3] = base[:, ::2]
     untouched = base[:, 1::2].clone()
     n, first, o = 6, [False] * 6, Options(**TERMS)
-    parts = torch_step.partition(w, g, v, [None] * n, [o] * n, first)
+    _, parts, reasons = torch_step.divide(w, g, v, [None] * n, [o] * n)
     assert parts == {"fused": [0, 4, 5], "reference": [1, 2, 3]}
+    assert reasons == {
+        1: "its momentum is float64, the tensor torch.float32",
+        2: "its gradient has strides (1, 6), the tensor (5, 1)",
+        3: "its gradient has strides (5, 1), the tensor (10, 2)",
+    }
     old = clones(w)
     true_w, true_v, (true_sums, true_ratios) = truth_of(w, g, v, [None] * n, [o] * n, first)
-    memo = {}
-    sums, ratios = torch_step.step_(w, g, v, [None] * n, [o] * n, first, memo=memo).tables()
+    sums, ratios = torch_step.step_(w, g, v, [None] * n, [o] * n, first).tables()
     for i in range(n):
         check([w[i]], [true_w[i]], [old[i]])
         check([v[i]], [true_v[i]], [old[i]])

@@ -177,7 +177,7 @@ def test_a_tensor_of_many_chunks(monkeypatch, backend, device):
     trial.step()
     trial.check()
     if backend == "triton":
-        assert trial.works()[0].plan.n_slots == 73
+        assert trial.works()[0].schedule.plan.n_slots == 73
 
 
 def test_layouts_of_the_portable_path_are_stepped_beside_the_kernels(row, backend, device):

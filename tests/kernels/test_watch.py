@@ -27,31 +27,33 @@ def tables_after(steps, numels=(20_000, 5)):
 def test_a_queue_at_its_start_is_never_reported(launches):
     with internals.forced_launches(launches):
         tables = tables_after(2)
-        assert lost_epoch(tables.counter, tables.watch) is None
+        assert lost_epoch(tables.memory.counter, tables.memory.watch) is None
         internals.run(tables, torch.ones(1))
-        assert lost_epoch(tables.counter, tables.watch) is None
+        assert lost_epoch(tables.memory.counter, tables.memory.watch) is None
         internals.run(tables)
-        assert lost_epoch(tables.counter, tables.watch) is None
+        assert lost_epoch(tables.memory.counter, tables.memory.watch) is None
         assert tables.steps_taken() == 3
 
 
 def test_a_queue_beyond_its_start_is_named_at_once_and_ever_after():
     tables = tables_after(1, numels=(9, 8, 7, 6, 5))  # each is one item, which waits for nobody
-    tables.counter += 2
-    assert lost_epoch(tables.counter, tables.watch) == 2, "before the launch"
+    tables.memory.counter.add_(2)
+    assert lost_epoch(tables.memory.counter, tables.memory.watch) == 2, "before the launch"
     internals.run(tables)  # hands its first two items to nobody
-    assert tables.counter.item() == 3 << 32, "and resets the queue, so that nothing shows there"
-    assert lost_epoch(tables.counter, tables.watch) == 2
+    assert tables.memory.counter.item() == 3 << 32, (
+        "and resets the queue, so that nothing shows there"
+    )
+    assert lost_epoch(tables.memory.counter, tables.memory.watch) == 2
     internals.run(tables)
     internals.run(tables)
-    assert lost_epoch(tables.counter, tables.watch) == 2
+    assert lost_epoch(tables.memory.counter, tables.memory.watch) == 2
 
 
 def test_the_optimizer_says_so_where_it_waits_for_the_device_anyway():
     tables = tables_after(1, numels=(9, 8, 7, 6, 5))
     optimizer = tables.owner
     optimizer.layer_stats()
-    tables.counter += 2
+    tables.memory.counter.add_(2)
     internals.run(tables)
     with pytest.raises(RuntimeError, match=r"LARS: step 2 of 2 found its work queue not at the st"):
         optimizer.layer_stats()

@@ -1,0 +1,1 @@
+from kernels.l2norm import *

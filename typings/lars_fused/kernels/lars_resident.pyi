@@ -1,0 +1,1 @@
+from kernels.lars_resident import *

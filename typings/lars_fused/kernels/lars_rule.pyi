@@ -1,0 +1,1 @@
+from kernels.lars_rule import *

@@ -1,0 +1,1 @@
+from kernels.last_chunk import *
