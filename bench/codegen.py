@@ -27,11 +27,12 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from bench.assembly import atomics, poll_forms, resident, widths
 from bench.environment import commit
 from lars_fused._engine.launch import Dtypes, constants, is_mixed
-from lars_fused.kernels.tuning import compile_options, row_for
+from lars_fused.kernels.tuning import candidate_for, compile_options, row_for
 
 RESULTS = Path(__file__).parent / "results" / "codegen"
 
@@ -155,6 +156,14 @@ def specialisations(target: str) -> list[Spec]:
     return specs + list({spec.constexprs: spec for spec in reversed(norms)}.values())[::-1]
 
 
+def candidates(target: str) -> list[Spec]:
+    """`lars_resident` with the row of a target that waits to be measured; none without one."""
+    row = candidate_for(target)
+    if row is None:
+        return []
+    return [_spec("lars_resident", case, row) for case in CASES]
+
+
 def _spec(kernel: str, dtypes: Dtypes, row: Any, note: str = "") -> Spec:
     values = constants(dtypes, row, kernel, False)
     names = getattr(importlib.import_module(f"lars_fused.kernels.{kernel}"), kernel).arg_names
@@ -179,7 +188,11 @@ def build(spec: Spec, target: str) -> Build:
         raise RuntimeError("TRITON_INTERPRET=1 replaces the compiler; unset it to read its output")
     module, function = spec.kernel.split(":")
     fn = getattr(importlib.import_module(module), function)
-    source = ASTSource(fn, dict(spec.signature), dict(spec.constexprs))
+    if fn.is_gluon():  # which wants places, not names
+        places = {(fn.arg_names.index(name),): value for name, value in spec.constexprs}
+        source = GluonASTSource(fn, dict(spec.signature), places)
+    else:
+        source = ASTSource(fn, dict(spec.signature), dict(spec.constexprs))
     options = dict(spec.options)
     compiled = triton.compile(source, target=TARGETS[target], options=options)
     nvidia = TARGETS[target].backend == "cuda"
@@ -194,7 +207,7 @@ def build(spec: Spec, target: str) -> Build:
     return Build(
         spec,
         target,
-        compiled.asm["ttir"],
+        compiled.asm.get("ttir", ""),  # Gluon begins with ttgir
         compiled.asm["ttgir"],
         compiled.asm["ptx" if nvidia else "amdgcn"],
         machine,

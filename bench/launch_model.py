@@ -49,13 +49,14 @@ class Timing:
     update_block: int = 265  # counted
     tail_turns: int = 8  # turns of a tail whose loads are in flight together
     next_item: int = 0  # walk: exposed latency of the next item's word
-    held_sums: int = 300  # walk of lars_resident: sums -> arrival, less what is counted next
-    held_norm: int = 440  # counted: a warp's instructions from a copy's wait to the arrival
-    held_update: int = 430  # counted: from there to the last store of the update
-    held_end: int = 250  # counted: from there to the next copy, sent for
-    held_publish: int = 1150  # walk: the last arrival's answer -> ratio published, without loads
-    held_after: int = 150  # walk: from there to the next step
-    held_wait: int = 280  # walk: exposed latency of the rows of the steps to come
+    # lars_resident, all by the walk of a step: instructions of a warp, and cycles without loads.
+    held_norm: int = 339  # from the wait for a copy to the arrival
+    held_sums: int = 445  # cycles of that beyond its instructions
+    held_update: int = 304  # from there to the last store of the update
+    held_end: int = 258  # from there to the next wait for a copy
+    held_wait: int = 291  # exposed latency of the rows of the steps to come
+    held_publish: int = 1274  # a tensor's last arrival is answered -> its ratio is published
+    held_after: int = 150  # from there to the next step
     fence: int = 500  # assumed
 
 

@@ -3,7 +3,8 @@
 Every number that comes out of here is a PREDICTION of a model, never a measurement.
 
 `launch_model` and `cache_model` say what is simulated. ``--default``: only the order and constants
-that `kernels/tuning.py` launches. Columns beside the model's bytes and times:
+that `kernels/tuning.py` launches, and those that wait there to be measured. Columns beside the
+model's bytes and times:
 
     cover       items between the last norm of a tensor and its first update, as a share of the
                 programs: the least of all tensors that wait, and of half of them
@@ -28,7 +29,7 @@ import torch
 
 from bench.cache_model import GPUS, USABLE_L2, Gpu, Traffic
 from bench.environment import commit
-from bench.launch_model import NOW, Timing, simulate
+from bench.launch_model import NOW, Timing, simulate, simulate_resident
 from bench.models import MODELS, adapted
 from lars_fused._engine.plan import Plan, make_plan, unpack_items
 from lars_fused.kernels import tuning
@@ -52,11 +53,20 @@ class Choice:
     block: int = ROW.block
     chunk: int = ROW.chunk
     window: float = tuning.WINDOW_SHARE
+    slots: int = 0
+    """Chunks that a program of `lars_resident` holds (order "resident")."""
 
     @property
     def in_flight_bytes(self) -> int:
         """Bytes of w and g on the way to one multiprocessor."""
         return self.per_sm * min(self.block, self.chunk) * 8
+
+
+_HELD = tuning.CANDIDATES["sm_9"]
+CANDIDATE = Choice(
+    order=_HELD.order, per_sm=_HELD.programs, block=_HELD.block, chunk=_HELD.chunk,
+    slots=tuning.slots(_HELD, 8),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -85,6 +95,7 @@ def planned(model: str, gpu: Gpu, choice: Choice) -> Plan:
         lag=int(choice.lag * choice.per_sm * gpu.multiprocessors),
         bytes_per_element=8,
         order=choice.order,
+        span=(choice.slots - 2) * choice.per_sm * gpu.multiprocessors if choice.slots else 0,
     )
 
 
@@ -115,9 +126,15 @@ def quality(plan: Plan, chunk: int, programs: int) -> Quality:
 
 def predict(model: str, gpu: Gpu, choice: Choice, timing: Timing = NOW) -> Traffic:
     """Bytes and time of one step of a model in fp32."""
+    plan, numels = planned(model, gpu, choice), sizes_of(model)[0]
+    if choice.slots:
+        return simulate_resident(
+            plan, numels, gpu, chunk=choice.chunk, per_sm=choice.per_sm, slots=choice.slots,
+            timing=timing,
+        )  # fmt: skip
     return simulate(
-        planned(model, gpu, choice),
-        sizes_of(model)[0],
+        plan,
+        numels,
         gpu,
         chunk=choice.chunk,
         block=choice.block,
@@ -130,6 +147,7 @@ def predict(model: str, gpu: Gpu, choice: Choice, timing: Timing = NOW) -> Traff
 def sweep() -> list[tuple[str, str, Choice]]:
     """(model, GPU, choice): what is launched for all, then one thing at a time on the H200."""
     cases = [(m, g, Choice(evict_first=e)) for m in MODELS for g in GPUS for e in (True, False)]
+    cases += [(m, g, CANDIDATE) for m in MODELS for g in ("H100", "H200")]
     few = ("ResNet-50", "ViT-B/16", "AlexNet")
     variants = [Choice(order="grouped")]
     variants += [Choice(lag=lag) for lag in (0.25, 0.5, 0.75, 1.5)]
@@ -182,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         file.writelines(f"# {text}\n" for text in header)
         table: csv.DictWriter[str] | None = None
         for model, gpu, choice in sweep():
-            if chosen.default and replace(choice, evict_first=True) != Choice():
+            if chosen.default and replace(choice, evict_first=True) not in (Choice(), CANDIDATE):
                 continue
             if chosen.model not in (None, model) or chosen.gpu not in (None, gpu):
                 continue

@@ -3,6 +3,7 @@
 A candidate is a row of `kernels/tuning.py`. Each is timed against the current row, interleaved, the
 L2 cold, on three models, and ranked by the geometric mean of its times over the current row's.
 
+0. The row that waits to be measured (`tuning.CANDIDATES`), if the architecture has one.
 1. The grid: every combination of the constants that interact (order, eviction, block, programs,
    polling), in few rounds, those nearest to the current row first.
 2. The best of the grid again, in more rounds; then, from the best of these, each constant in turn.
@@ -16,7 +17,6 @@ defect, not a matter of speed.
 from __future__ import annotations
 
 import ast
-import contextlib
 import csv
 import itertools
 import math
@@ -31,11 +31,12 @@ from bench import environment
 from bench.budget import Budget
 from bench.cases import Case, model_case
 from bench.harness import GateError, Truth, disagreement, reason
-from bench.peers import ours
+from bench.peers import ours, used
 from bench.supervise import Pieces
 from bench.timers import CudaTimer, interleave
 from bench.variants import Inputs, Variant
 from lars_fused._engine import launch
+from lars_fused.kernels import tuning
 
 MODELS = ("ResNet-50", "ViT-B/16", "one 100M tensor")
 QUICK, USUAL, MANY = 5, 15, 40  # rounds
@@ -91,8 +92,13 @@ def changed(present: Any, **constants: Any) -> Any:
 
 
 def possible(row: Any) -> bool:
-    """Whether the kernels take the row: each size divides the next."""
+    """Whether the kernels take the row: each size divides the next.
+
+    `lars_resident` takes a chunk as one block, of which the ring has room for at least three.
+    """
     fits = row.chunk % row.block == 0 and row.block % row.threads == 0
+    if row.order == "resident":
+        fits = fits and row.chunk == row.block and tuning.slots(row, 8) >= 3
     return fits and row.programs >= 1 and row.step_registers != 0
 
 
@@ -106,6 +112,19 @@ def grid(present: Any, l2_bytes: int) -> list[Any]:
     ]
     rows = [row for row in dict.fromkeys(rows) if possible(row)]
     return sorted(rows, key=lambda row: sum(a != b for a, b in zip(row, present, strict=True)))
+
+
+def candidates(architecture: str, present: Any) -> list[Any]:
+    """The row that waits to be measured, and the same with one program a multiprocessor."""
+    row = tuning.candidate_for(architecture)
+    if row is None:
+        return []
+    row = row._replace(window=present.window, record=present.record)
+    alone = row._replace(
+        chunk=2 * row.chunk, block=2 * row.block, ring=2 * row.ring, threads=2 * row.threads,
+        num_warps=2 * row.num_warps, programs=1,
+    )  # fmt: skip
+    return [row, alone]
 
 
 def neighbours(best: Any, l2_bytes: int) -> Iterator[Any]:
@@ -122,19 +141,6 @@ def label(row: Any, present: Any) -> str:
     """What a row changes of the present one."""
     pairs = zip(row._fields, row, present, strict=True)
     return " ".join(f"{n}={a!r}" for n, a, b in pairs if a != b) or "the present row"
-
-
-@contextlib.contextmanager
-def used(row: Any, architecture: str) -> Iterator[None]:
-    """New work within the block is made and launched with the constants of a row."""
-    rows = launch.kernels().tuning.ROWS
-    before = dict(rows)
-    rows[architecture] = row
-    try:
-        yield
-    finally:
-        rows.clear()
-        rows.update(before)
 
 
 class Tuner:
@@ -256,6 +262,8 @@ def search(tuner: Any, budget: Budget, results: Results, pieces: Pieces, lost: s
         print(f"  {ratio:.3f}", flush=True)
 
     time(present, USUAL)
+    for row in candidates(tuner.architecture, present):
+        time(row, USUAL)
     for row in grid(present, tuner.l2):
         if budget.left > whole / 2:
             time(row, QUICK)

@@ -1,4 +1,4 @@
-"""Walks a warp through the machine code of `lars_step`: ``python -m bench.walk``.
+"""Walks a warp through the machine code of the one-launch kernels: ``python -m bench.walk``.
 
 Predictions from compiled code, not measurements. A path through the basic blocks is chosen by
 waypoints; along it instructions issue in order, one a cycle, and stall where an operand is not
@@ -8,6 +8,9 @@ there yet. What a memory access takes is assumed (`LATENCY`); the rest are usual
     arrival       from a norm's sums to the answer of its arrival atomic
     publication   from the arrival atomic of a tensor's last chunk to the exchange that publishes
     next item     cycles of an item that would be saved if the next item's word came at once
+
+Of `lars_resident` a whole step is walked, from one asynchronous copy to the next, as if copies and
+momentum were there when they are waited for.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bench.assembly import Block, control_flow
-from bench.codegen import Build, Spec, build, specialisations
+from bench.codegen import Build, Spec, build, candidates, specialisations
 
 # Cycles. Descriptors and flags: an L2 hit; data: DRAM under load; atomics return from L2.
 LATENCY = {"descriptor": 400, "data": 1300, "atomic": 700, "fence": 500, "barrier": 20}
@@ -208,6 +211,51 @@ def figures(made: Build) -> Figures:
     )
 
 
+@dataclass(frozen=True)
+class Held:
+    """Of a step of `lars_resident`: cycles, and instructions of a warp ."""
+
+    step: int
+    exposed: int
+    """Cycles before the wait for this step's copy that are spent waiting for the rows to come."""
+    norm_issued: int
+    sums: int
+    """From the wait for the copy to the arrival, beyond the instructions in between."""
+    update_issued: int
+    end_issued: int
+    publication: int
+    """From the answer of a tensor's last arrival to the published ratio, without loads."""
+    after: int
+    """From there to the next step."""
+
+
+def held(made: Build) -> Held:
+    """Walk a step of `lars_resident` for sm_90, and one that finishes a tensor."""
+    blocks = control_flow(made.machine)
+    whole = f"{SLOW}|{TAIL}"
+    copy, wait, store = r"LDGDEPBAR", r"DEPBAR\.LE", r"STG\.E\.EF\.128"
+    lines = path(blocks, [copy, wait, ARRIVE, store, copy], f"{whole}|{PARTIAL}")
+    steps = walk(lines)
+    waits, arrives, last_copy = (_find(steps, x) for x in (wait, ARRIVE, copy))
+    # The path's last block may go on past its copy: the first of a step is a later one.
+    copies = [n for n, step in enumerate(steps) if re.search(copy, step.text)]
+    stores = [n for n, step in enumerate(steps) if re.search(store, step.text)]
+    fence = _find(steps, "MEMBAR")
+    last = walk(path(blocks, [copy, PARTIAL, PUBLISH, wait], whole))
+    published, answer = _find(last, PUBLISH), _find(last, r"SHFL")
+    before = waits - last_copy
+    return Held(
+        step=steps[copies[-1]].cycle - steps[last_copy].cycle,
+        exposed=steps[waits].cycle - steps[last_copy].cycle - before,
+        norm_issued=arrives - waits,
+        sums=steps[fence].cycle - steps[waits].cycle - (fence - waits),
+        update_issued=stores[-1] - arrives,
+        end_issued=copies[-1] - stores[-1] + before,
+        publication=last[published].cycle - last[answer].cycle - LATENCY["descriptor"],
+        after=last[_find(last, wait)].cycle - last[published].cycle,
+    )
+
+
 def _find(steps: Sequence[Step], pattern: str) -> int:
     return next(n for n, step in enumerate(steps) if re.search(pattern, step.text))
 
@@ -239,6 +287,8 @@ def main() -> None:
         spec = specialisations(target)[0]
         made = build(spec, target)
         print(f"{target} {spec.name} {spec.case}: {figures(made)}")
+        for spec in candidates(target)[:1]:
+            print(f"{target} {spec.name} {spec.case}: {held(build(spec, target))}")
 
 
 if __name__ == "__main__":

@@ -35,9 +35,9 @@ def finish_tensor(
     used = G2 + (D2 - G2) * decayed.to(tl.int64)
     rest = G2 + D2 - used
     norm2 = tl.where(decayed, d2, g2)
-    rest2 = tl.where(decayed, g2, d2)
+    third = norm2
     if chunks > 1:
-        w2, norm2, rest2 = sum_partials(
+        w2, norm2, third = sum_partials(
             partials, lane, first_slot, chunks, W2, used, rest, AT_ONCE, LANES, EMULATE_BF16
         )
     lr = learning_rate(rate, switches)
@@ -46,6 +46,9 @@ def finish_tensor(
         publish(flags + tensor, epoch, ratio)
     if chunks > 1:
         tl.store(arrivals + tensor, 0)
+    rest2 = tl.where(decayed, g2, d2)
+    if chunks > 1:
+        rest2 = third
         if not AT_ONCE:
             rest2, _rest, _rest = sum_partials(
                 partials, lane, first_slot, chunks, rest, rest, rest, False, LANES, EMULATE_BF16

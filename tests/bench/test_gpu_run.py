@@ -154,6 +154,7 @@ def test_a_profiler_that_saw_nothing_counts_nothing(monkeypatch, tmp_path, seen)
     def no_ncu(folder, budget):
         raise RuntimeError("ncu is not installed")
 
+    monkeypatch.setattr(profiler.launch, "architecture", lambda device: ("sm_90", 132, 0))
     monkeypatch.setattr(profiler, "_ready", lambda model, name: None)
     monkeypatch.setattr(profiler, "count", lambda variant: seen)
     monkeypatch.setattr(profiler, "run_ncu", no_ncu)
@@ -162,5 +163,12 @@ def test_a_profiler_that_saw_nothing_counts_nothing(monkeypatch, tmp_path, seen)
     raw = tmp_path / "raw.csv"
     rows = list(csv.DictReader(raw.open())) if raw.exists() else []
     assert absent[profiler.DRAM] == "RuntimeError: ncu is not installed"
-    assert len(rows) == (9 if seen[0] else 0)
+    assert len(rows) == (len(profiler.ORDER) * 3 if seen[0] else 0)
     assert len(absent) == (1 if seen[0] else 1 + len(profiler.ORDER))
+
+
+@pytest.mark.parametrize(("architecture", "held"), [("sm_80", False), ("sm_90", True)])
+def test_a_row_that_waits_is_profiled_where_there_is_one(monkeypatch, architecture, held):
+    monkeypatch.setattr(profiler.launch, "architecture", lambda device: (architecture, 108, 0))
+    assert (peers.HELD in profiler.variants()) == held
+    assert len(profiler.variants()) == 3 + held

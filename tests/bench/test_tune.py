@@ -32,7 +32,7 @@ def wished(row=PRESENT, **more):
 
 def swept(present, times, folder, seconds=60.0):
     """Run the search with made-up times."""
-    tuner = SimpleNamespace(present=present, times=times, l2=L2)
+    tuner = SimpleNamespace(present=present, times=times, l2=L2, architecture="sm_80")
     results = tune.Results(folder / "tune.csv", present)
     lost = set(environment.read(folder).get("lost", {}))
     tune.search(tuner, Budget(seconds), results, Pieces(folder), lost)
@@ -119,7 +119,7 @@ def test_the_grid_leaves_time_for_the_rest(tmp_path):
         clock.end -= rounds / 5
         return 0.9, {"ResNet-50": 100.0}
 
-    tuner = SimpleNamespace(present=PRESENT, times=times, l2=L2)
+    tuner = SimpleNamespace(present=PRESENT, times=times, l2=L2, architecture="sm_80")
     results = tune.Results(tmp_path / "tune.csv", PRESENT)
     tune.search(tuner, clock, results, Pieces(tmp_path), set())
     rounds = [result.rounds for result in results.held.values()]
@@ -178,3 +178,19 @@ def test_a_candidate_is_launched_with_its_constants_and_leaves_no_trace(tuner):
     (work,) = internals.launches(variant.step.__self__)
     assert work.schedule.target.row == row
     assert rows == before
+
+
+def test_rows_that_wait_to_be_measured_come_first(tmp_path):
+    asked = []
+
+    def times(row, rounds):
+        asked.append(row)
+        return 1.0, {}
+
+    tuner = SimpleNamespace(present=PRESENT, times=times, l2=L2, architecture="sm_90")
+    tune.search(
+        tuner, Budget(0.5), tune.Results(tmp_path / "t.csv", PRESENT), Pieces(tmp_path), set()
+    )
+    assert [row.order for row in asked[:3]] == ["ahead", "resident", "resident"]
+    assert [row.programs for row in asked[1:3]] == [2, 1]
+    assert all(tune.possible(row) for row in asked[:3])

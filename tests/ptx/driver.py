@@ -104,7 +104,7 @@ class Driver(DriverBase):
         self.compiled.append(name)
         return object(), (_parsed[path], shared), 0, 0, 1024
 
-    def _launcher(self, source: Any, _metadata: Any) -> Any:
+    def _launcher(self, source: Any, metadata: Any) -> Any:
         kinds = list(source.signature.values())
 
         def run(
@@ -118,7 +118,10 @@ class Driver(DriverBase):
             scratch = [0] * (len(kernel.parameters) - len(values))
             memory = machine.Memory(self._tensors.buffers(given))
             self.launches.append(kernel.name)
-            machine.launch(kernel, x, [*values, *scratch], memory, shared, **self.schedule)
+            schedule = dict(self.schedule)
+            if metadata.launch_cooperative_grid:
+                schedule["resident"] = x
+            machine.launch(kernel, x, [*values, *scratch], memory, shared, **schedule)
 
         return run
 
