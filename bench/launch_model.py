@@ -271,7 +271,9 @@ class _Resident(_Launch):
                 n = self._blocks(*own[step][1:])[0][1]
                 now = yield max(now, there[step]) + self._tail(n)
                 now = yield self._compute(now, sm, t.held_norm, n)
-                now = yield now + (t.held_sums + t.fence) * us
+                # The fence waits for whatever is on its way: measured (LOG.md, the rotated loop).
+                on_its_way = [momentum, *there[step + 1 : step + 2]]
+                now = yield max(now + (t.held_sums + t.fence) * us, *on_its_way)
                 answer = now + (t.arrive - t.fence) * us
             if old[0] & UPDATE:
                 ((key, n),) = self._blocks(*old[1:])

@@ -229,30 +229,35 @@ class Held:
     """From there to the next step."""
 
 
+COPIES, WAIT = r"LDGDEPBAR", r"DEPBAR\.LE"  # copies are sent for; those of this step are there
+
+
+def held_path(made: Build) -> list[str]:
+    """A step of `lars_resident` that sums a chunk and updates one, from copies to copies."""
+    waypoints = [COPIES, WAIT, ARRIVE, UPDATE_STORE, COPIES]
+    return path(control_flow(made.machine), waypoints, f"{SLOW}|{TAIL}|{PARTIAL}")
+
+
 def held(made: Build) -> Held:
     """Walk a step of `lars_resident` for sm_90, and one that finishes a tensor."""
-    blocks = control_flow(made.machine)
-    whole = f"{SLOW}|{TAIL}"
-    copy, wait, store = r"LDGDEPBAR", r"DEPBAR\.LE", r"STG\.E\.EF\.128"
-    lines = path(blocks, [copy, wait, ARRIVE, store, copy], f"{whole}|{PARTIAL}")
-    steps = walk(lines)
-    waits, arrives, last_copy = (_find(steps, x) for x in (wait, ARRIVE, copy))
-    # The path's last block may go on past its copy: the first of a step is a later one.
-    copies = [n for n, step in enumerate(steps) if re.search(copy, step.text)]
-    stores = [n for n, step in enumerate(steps) if re.search(store, step.text)]
+    steps = walk(held_path(made))
+    waits, arrives, first_copy = (_find(steps, x) for x in (WAIT, ARRIVE, COPIES))
+    copies = [n for n, step in enumerate(steps) if re.search(COPIES, step.text)]
+    stores = [n for n, step in enumerate(steps) if re.search(UPDATE_STORE, step.text)]
     fence = _find(steps, "MEMBAR")
-    last = walk(path(blocks, [copy, PARTIAL, PUBLISH, wait], whole))
+    finishing = [COPIES, PARTIAL, PUBLISH, WAIT]
+    last = walk(path(control_flow(made.machine), finishing, f"{SLOW}|{TAIL}"))
     published, answer = _find(last, PUBLISH), _find(last, r"SHFL")
-    before = waits - last_copy
+    before = waits - first_copy
     return Held(
-        step=steps[copies[-1]].cycle - steps[last_copy].cycle,
-        exposed=steps[waits].cycle - steps[last_copy].cycle - before,
+        step=steps[copies[-1]].cycle - steps[first_copy].cycle,
+        exposed=steps[waits].cycle - steps[first_copy].cycle - before,
         norm_issued=arrives - waits,
         sums=steps[fence].cycle - steps[waits].cycle - (fence - waits),
         update_issued=stores[-1] - arrives,
         end_issued=copies[-1] - stores[-1] + before,
         publication=last[published].cycle - last[answer].cycle - LATENCY["descriptor"],
-        after=last[_find(last, wait)].cycle - last[published].cycle,
+        after=last[_find(last, WAIT)].cycle - last[published].cycle,
     )
 
 

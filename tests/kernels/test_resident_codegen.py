@@ -1,0 +1,105 @@
+"""What the compiler makes of `lars_resident`: its budget, and what a step sends for when."""
+
+import re
+
+import pytest
+
+from bench import assembly, launch_model, walk
+from bench.codegen import Build, Spec, build, candidates, measure
+from lars_fused.kernels.tuning import CANDIDATES
+from tests.kernels.test_codegen import label, plain_layout, positions
+
+pytestmark = pytest.mark.codegen
+
+ROW, TARGET = CANDIDATES["sm_9"], "sm_90"
+# A build takes two to four seconds: `make fuzz` makes the other cases.
+QUICK = ("w=fp32 g=fp32 v=fp32", "w=fp32 g=bf16 v=fp32 copy=bf16")
+CASES = [
+    pytest.param((spec, TARGET), marks=[] if spec.case in QUICK else pytest.mark.slow)
+    for spec in candidates(TARGET)
+]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=label)
+def made(request: pytest.FixtureRequest) -> Build:
+    return build(*request.param)
+
+
+def fp32() -> Build:
+    return build(candidates(TARGET)[0], TARGET)
+
+
+def ring_bytes(spec: Spec) -> int:
+    values = dict(spec.constexprs)
+    width = values["W_DT"].primitive_bitwidth + values["G_DT"].primitive_bitwidth
+    return int(values["SLOTS"] * values["CHUNK"] * width // 8)
+
+
+def test_only_an_architecture_with_a_row_has_candidates() -> None:
+    assert candidates("sm_80") == candidates("gfx942") == []
+
+
+def test_all_programs_of_the_row_are_resident_and_nothing_spills(made: Build) -> None:
+    row = measure(made)
+    assert (row.spills, row.stack) == (0, 0)
+    # Beside the ring 96 bytes at most: three float64 a warp, to add up partial sums.
+    assert 0 <= row.shared - ring_bytes(made.spec) <= 96
+    assert row.resident >= ROW.programs
+
+
+def test_no_value_changes_its_layout(made: Build) -> None:
+    text = re.sub(r" loc\(.*", "", made.ttgir)
+    for line in re.findall(r"ttg\.convert_layout .*", text):
+        before, after = re.findall(r"tensor<\w+, (#.*?)>(?= ->|$)", line)
+        assert plain_layout(before, text) == plain_layout(after, text), line
+
+
+def test_no_product_is_fused_with_a_sum(made: Build) -> None:
+    assert re.search(r"\bmul\.rn\.f32", made.assembly)
+    assert not re.findall(r"\b(?:mul|add|sub)\.f(?:32|64)\S*|\bfma\.rn\.f32\S*", made.assembly)
+
+
+def test_copies_are_as_wide_as_alignment_allows(made: Build) -> None:
+    """Of w and g: two chunks before the loop over steps, and one in it."""
+    values, threads = dict(made.spec.constexprs), 32 * made.spec.warps
+    width = values["W_DT"].primitive_bitwidth // 8
+    turns = values["CHUNK"] * width // (values["W_ALIGN"] * threads)
+    copies = len(re.findall(r"cp\.async\.c[ag]\.shared\.global", made.assembly))
+    assert copies == 3 * 2 * turns
+    assert made.assembly.count("cp.async.commit_group") == 3
+    assert made.assembly.count("cp.async.wait_group") == 1
+
+
+def test_every_ordered_atomic_of_the_protocol_is_there(made: Build) -> None:
+    seen = assembly.atomics(made.assembly)
+    assert {op: seen[op] for op in seen if not op.startswith("ld.")} == {
+        "atom.global.gpu.relaxed.add.u64": 1,  # its number among the programs
+        "atom.global.gpu.acq_rel.add.u32": 1,  # arrival
+        "atom.global.gpu.relaxed.exch.b64": 1,  # publication
+    }
+    assert measure(made).poll == "volatile"
+
+
+def test_a_step_sends_for_the_next_chunk_before_it_waits_for_the_arrival() -> None:
+    """The answer of the arrival atomic is used behind the stores, the copy and the momentum."""
+    lines = walk.held_path(fp32())
+    (arrival,) = positions(lines, walk.ARRIVE)
+    answer = re.search(r"PT, (R\d+)", lines[arrival])[1]
+    stores, copies = positions(lines, walk.UPDATE_STORE), positions(lines, r"\bLDGSTS\b")
+    used = positions(lines, rf"[ ,]{answer}\b")
+    assert arrival < min(stores) < max(copies)
+    assert not [n for n in used if arrival < n < max(copies)]
+
+
+def test_the_model_counts_on_what_is_compiled() -> None:
+    """Within 5 percent: Triton's patch releases differ by a few instructions."""
+    found, timing = walk.held(fp32()), launch_model.NOW
+    for name, counted in {
+        "norm_issued": timing.held_norm, "sums": timing.held_sums,
+        "update_issued": timing.held_update, "end_issued": timing.held_end,
+        "exposed": timing.held_wait, "publication": timing.held_publish, "after": timing.held_after,
+    }.items():  # fmt: skip
+        assert getattr(found, name) == pytest.approx(counted, rel=0.05), name
+    # Twice this a multiprocessor is less than the 5,060 cycles that DRAM needs for its bytes, so
+    # that DRAM and not latency sets the pace.
+    assert found.step <= 2500
