@@ -152,6 +152,10 @@ class LaunchTables:
             self.norm_items = on_device(norms, device)
             self.update_items = on_device(updates, device)
 
+    def captured(self) -> bool:
+        """Whether a CUDA graph is being captured on the device's current stream."""
+        return launch.capturing(self.device)
+
     def fill(self, addresses: Addresses, options: Sequence[Options]) -> None:
         """Bring the tables up to date: addresses by tensor, hyper-parameters by group."""
         self._order_streams()

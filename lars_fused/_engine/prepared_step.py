@@ -146,7 +146,9 @@ class PreparedStep:
         parts = self._parts_of_this_run(tensors, options)
         for part in parts:
             part.tables.fill(addresses.select(part.index), options)
-        whole = self._norms_of_whole_layers(parts, tensors, options, scaling)
+        whole: dict[torch.device, Tensor] = {}
+        if self.state.sharded:
+            whole = self._norms_of_whole_layers(parts, tensors, options, scaling)
         launches = [
             (part.index, part.tables)
             for part in parts
@@ -169,7 +171,7 @@ class PreparedStep:
         self, tensors: StepTensors, options: Sequence[Options]
     ) -> list[_KernelPart]:
         """The kernel parts, with separate tables if the step is being captured."""
-        if not any(launch.capturing(part.tables.device) for part in self._kernel_parts):
+        if not any(part.tables.captured() for part in self._kernel_parts):
             self._reserve(options)
             return list(self._kernel_parts)
         if self._pool is None:
@@ -233,7 +235,7 @@ class PreparedStep:
     def _may_retry(self, tables: LaunchTables, split: bool) -> bool:
         """Whether a failed launch did nothing, and "auto" may find another way."""
         untouched = tables.recover()
-        return self._auto and untouched and not split and not launch.capturing(tables.device)
+        return self._auto and untouched and not split and not tables.captured()
 
     def _fall_back(
         self, part: _KernelPart, tensors: StepTensors, options: Sequence[Options], error: Exception

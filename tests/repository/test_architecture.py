@@ -1,11 +1,15 @@
 """`docs/architecture.md` says the truth: the files that it lists are those that know of a thing."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+import lars_fused
 from lars_fused import options
+from lars_fused._engine import launch
 
 pytestmark = pytest.mark.cpu
 
@@ -68,6 +72,25 @@ def test_the_files_of_a_hyper_parameter():
     assert set().union(*found.values()) | words == lists
 
 
+def test_the_pages_of_a_hyper_parameter():
+    """Pages that name all of them have to name the next one, too."""
+    lists = {f for f in listed("A hyper-parameter") if f.endswith(".md")}
+    assert {"README.md", "docs/equations.md", "docs/options.md"} <= lists
+    for page in ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        if page == "README.md":
+            text = text.split("\n## Semantics\n")[1].split("\n## ")[0]
+        # Beside its symbol the README writes a name as words.
+        lacking = [
+            name for name in options.TABLE
+            if not re.search(rf"\b{name}\b|\b{name.replace('_', ' ')}\b", text)
+        ]  # fmt: skip
+        if page in lists:
+            assert not lacking, f"add {lacking} to {page}"
+        else:
+            assert lacking, f"docs/architecture.md lacks {page}, which names every hyper-parameter"
+
+
 def test_the_kernels_read_every_word_of_a_group_in_the_rule_alone():
     table = (ROOT / "lars_fused" / "options.py").read_text(encoding="utf-8")
     for name in options.TABLE:
@@ -104,11 +127,85 @@ def test_every_kernel_is_launched_in_one_module_compiled_in_a_table_and_explaine
         assert not missing, f"add {missing} to {file}"
 
 
-def test_the_walk_enters_five_files_each_once():
-    walk = PAGE.split("```")[1]
-    files = re.findall(r"^ \d  (lars_fused/[\w/]+\.py)", walk, re.MULTILINE)
-    assert len(files) == len(set(files)) <= 5
-    # Each file calls the next one, by the name that the page gives it.
-    calls = ["self._engine.step(", "step.run(", "part.tables.fill(", "launch.run("]
-    for file, call in zip(files, calls, strict=False):
-        assert call in (ROOT / file).read_text(encoding="utf-8"), f"{file} has no {call}"
+def walk():
+    """The files of the page's walk, in order; and those that it says are called on the way."""
+    files = re.findall(r"^ \d  (lars_fused/[\w/]+\.py)", PAGE.split("```")[1], re.MULTILINE)
+    called = PAGE.split("calls two more on the way")[1].split("\n\n")[0]
+    return files, {f"lars_fused/{name}" for name in re.findall(r"lars_fused/([\w/]+\.py)", called)}
+
+
+def files_entered(step):
+    """For every call within a step, the files of the package on the stack, from the outermost."""
+    stacks = set()
+
+    def entered(frame, event, _):
+        if event != "call" or not Path(frame.f_code.co_filename).is_relative_to(PACKAGE):
+            return
+        files = []
+        while frame is not None:
+            path = Path(frame.f_code.co_filename)
+            if path.is_relative_to(PACKAGE):
+                name = f"lars_fused/{path.relative_to(PACKAGE).as_posix()}"
+                if not files or files[-1] != name:
+                    files.append(name)
+            frame = frame.f_back
+        stacks.add(tuple(reversed(files)))
+
+    sys.setprofile(entered)
+    try:
+        step()
+    finally:
+        sys.setprofile(None)
+    return stacks
+
+
+PACKAGE = Path(lars_fused.__file__).parent
+
+
+@pytest.fixture
+def repeated(monkeypatch):
+    """Takes two steps, and returns the third. The kernels themselves are not run."""
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **options: launched.append(grid)
+
+    launched = []
+    monkeypatch.setattr(launch, "why_not", lambda device: None)
+    monkeypatch.setattr(launch, "functions", lambda: {"lars_step": Kernel()})
+    monkeypatch.setattr(launch, "constants", lambda *_: {})
+
+    def step_of(backend):
+        params = [torch.nn.Parameter(torch.randn(3, 4)) for _ in range(3)]
+        for p in params:
+            p.grad = torch.randn_like(p)
+        groups = [{"params": params[:2]}, {"params": params[2:], "adapt": False}]
+        optimizer = lars_fused.LARS(groups, weight_decay=0.1, backend=backend)
+        for _ in range(2):
+            optimizer.step()
+        assert len(launched) == (2 if backend == "triton" else 0)
+        return optimizer.step
+
+    return step_of
+
+
+def test_a_repeated_step_takes_the_walk_that_the_page_draws(repeated):
+    files, called = walk()
+    assert len(files) == 5
+    assert len(called) == 2
+    stacks = files_entered(repeated("triton"))
+    assert tuple(files) in stacks
+    # Whatever is entered is the next file of the walk, or one that is called and returns.
+    for stack in stacks:
+        way = stack[:-1] if stack[-1] in called else stack
+        assert list(way) == files[: len(way)], stack
+    assert {stack[-1] for stack in stacks} == {*files, *called}
+
+
+def test_a_repeated_step_of_torch_operations_takes_the_same_walk_down_to_the_fourth_file(repeated):
+    files, called = walk()
+    ways = {stack for stack in files_entered(repeated("torch")) if stack[-1] not in called}
+    text = PAGE.split("torch operations take a step")[1]
+    others = re.findall(r"(lars_fused/_engine/torch_\w+\.py)", text)[:2]
+    torch_path = [*files[:3], *others]
+    assert {way[:5] for way in ways} == {tuple(torch_path[:n]) for n in range(1, 6)}
