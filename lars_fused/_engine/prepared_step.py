@@ -246,9 +246,12 @@ class PreparedStep:
         begun = part.tables.steps_taken() > 0
         fresh = [first and not begun for first in self.state.fresh]
         reasons = dict.fromkeys(part.index, reason)
-        self._torch_parts.append(
-            TorchPart(part.index, tensors, self._groups, options, fresh, reasons)
-        )
+        # Used by later steps, which may be taken outside of inference mode.
+        with torch.inference_mode(False), torch.no_grad():
+            own = TorchPart(
+                part.index, tensors, self._groups, options, fresh, reasons, bool(self._shards)
+            )
+        self._torch_parts.append(own)
         self._kernel_parts = [p for p in self._kernel_parts if p.index is not part.index]
 
     def _norms_of_whole_layers(
