@@ -60,6 +60,7 @@ RATES, FUSED, SMALL, LARGE, DECAYED, RANKS, MEMBERS, CALLERS, QUEUE_STATE, WARNE
         "callers", "queue_state", "fallback", "parameters",
     )
 )  # fmt: skip
+TORCH_STEP = "lars_fused/_engine/torch_step.py"
 REF, OPT, OPTIONS, CKPT, MONITOR = (
     f"lars_fused/{n}.py"
     for n in ("reference", "optimizer", "options", "checkpoints/load", "monitor")
@@ -303,6 +304,12 @@ FAULTS = [
           PARTITION, 'if backend == "torch":', 'if backend == "none":'),
     Fault("seam: tensors without momentum join any launch", "cpu", "engine/partition:join_no",
           PARTITION, "and other[1]._replace(v=dtypes.v) == dtypes", ""),
+    Fault("seam: what torch's backends object to is lost", "cpu", "engine/torch_step:objects_to",
+          TORCH_STEP, "reasons[i] = reason", "reasons[i] = ''"),
+    Fault("seam: a plan outlives the choice between backends", "cpu",
+          "engine/prepared_step:decide_between", STEPPED, ", foreach.expressible(o))", ", True)"),
+    Fault("seam: a skipped step forgets what was measured", "cpu",
+          "engine/prepared_step:skipped_step", ENGINE, ", ready.measured)", ", None)"),
     Fault("seam: a prepared step matches any memory", "cpu", "engine/prepared_step:relied_on",
           TENSORS, "or places(seen.tensors) == self.places", "or True"),
     Fault("seam: new state is not committed", "cpu", "engine/new_state:once_it_is_committed", STATE,

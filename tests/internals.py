@@ -161,7 +161,13 @@ def keep_found_inf_from_the_host(patch: pytest.MonkeyPatch) -> None:
 
 def single_chunk(tables: LaunchTables, item: int) -> None:
     """Let a launch do one work item and nothing else."""
-    tables.items = tables.norm_items = tables.update_items = torch.tensor([item])
+    replace_items(tables, torch.tensor([item]))
+
+
+def replace_items(tables: LaunchTables, items: Tensor) -> None:
+    """Let a launch do these work items, by one program."""
+    tables.arguments = tables.arguments._replace(items=items, n_items=items.numel())
+    tables.norm_items = tables.update_items = items
     tables.programs = 1
 
 

@@ -37,7 +37,7 @@ class Memory:
     """Likewise its trust ratio q, and γq."""
 
 
-def memory(device: torch.device, tensors: int, slots: int) -> Memory:
+def new_memory(device: torch.device, tensors: int, slots: int) -> Memory:
     """The memory of a queue that stands at its start. Partial sums that nobody stored are NaN."""
 
     def full(shape: tuple[int, ...], value: float, dtype: torch.dtype) -> Tensor:

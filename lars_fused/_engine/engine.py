@@ -108,8 +108,9 @@ class Engine:
         found = self._find(list(map(_GRAD, self._params.flat)), groups, state)
         if found is None:
             return
-        _, (step, *_), seen = found
-        if not state and self._asks_for_state(step, seen):
+        _, ready, seen = found
+        if not state and self._asks_for_state(ready.step, seen):
+            step = ready.step
             step.state.commit(state)
             self._masters.note(step.state)
             self._first_steps.note_unstepped(step)

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..kernels import layout
 from ..options import Options, group_row
 from . import launch, queue_state
-from .device_memory import memory, on_device
+from .device_memory import new_memory, on_device
 from .schedule import Contents, schedule
 from .tensors import Addresses, Scaling
 
@@ -139,14 +139,22 @@ class LaunchTables:
         self._launches = _launches(self.schedule.target.row.launches)
         self._stream: torch.cuda.Stream | None = None
         self.rows = Rows(device, contents, plan.slots, staged)
-        self.memory = memory(device, len(contents.numels), plan.n_slots)
+        self.memory = new_memory(device, len(contents.numels), plan.n_slots)
         self._unscaled = (
             torch.ones(1, dtype=torch.float32, device=device),
             torch.zeros(1, dtype=torch.float32, device=device),
         )
         self.programs = self.schedule.programs
-        self.items = on_device(plan.items, device)
-        self.norm_items = self.update_items = self.items[:0]
+        items, memory = on_device(plan.items, device), self.memory
+        one, zero = self._unscaled
+        self.arguments = launch.StepArguments(
+            items=items, tensors=self.rows.tensors, groups=self.rows.groups,
+            counter=memory.counter, watch=memory.watch, arrivals=memory.arrivals,
+            flags=memory.flags, partials=memory.partials, sums=memory.sums, ratios=memory.ratios,
+            grad_scale=one, found_inf=zero, n_items=items.numel(),
+        )  # fmt: skip
+        """Of one launch, unless there is a loss scale or a flag."""
+        self.norm_items = self.update_items = items[:0]
         if halves or self._launches == 2:
             norms, updates = self.schedule.halves()
             self.norm_items = on_device(norms, device)
@@ -175,7 +183,13 @@ class LaunchTables:
 
     def tables(self) -> list[Tensor]:
         """Every tensor in device memory that a launch touches."""
-        lists = self.items, self.norm_items, self.update_items, self.rows.tensors, self.rows.groups
+        lists = (
+            self.arguments.items,
+            self.norm_items,
+            self.update_items,
+            self.rows.tensors,
+            self.rows.groups,
+        )
         return [*lists, *vars(self.memory).values(), *self._unscaled]
 
     # ---------------------------------------------------------------- launches
@@ -186,17 +200,14 @@ class LaunchTables:
             self.norms(scaling)
             self.update(scaling)
             return
-        grad_scale, found_inf = self._numbers(scaling)
-        memory = self.memory
-        if self.items.numel() == 0:  # other ranks hold all of these tensors
-            queue_state.count_step(memory.counter, memory.watch, found_inf)
+        args = self.arguments
+        if scaling.grad_scale is not None or scaling.found_inf is not None:
+            grad_scale, found_inf = self._numbers(scaling)
+            args = args._replace(grad_scale=grad_scale, found_inf=found_inf)
+        if args.n_items == 0:  # other ranks hold all of these tensors
+            queue_state.count_step(args.counter, args.watch, args.found_inf)
             return
-        self._launch(self.schedule.kernel, self.programs, launch.StepArguments(
-            items=self.items, tensors=self.rows.tensors, groups=self.rows.groups,
-            counter=memory.counter, watch=memory.watch, arrivals=memory.arrivals,
-            flags=memory.flags, partials=memory.partials, sums=memory.sums, ratios=memory.ratios,
-            grad_scale=grad_scale, found_inf=found_inf, n_items=self.items.numel(),
-        ))  # fmt: skip
+        self._launch(self.schedule.kernel, self.programs, args)
 
     def norms(self, scaling: Scaling) -> None:
         """The first of two launches: fill `sums`."""

@@ -96,7 +96,8 @@ class PreparedStep:
         for i in divided.wrapped:
             wrapped.rehearse(tensors, i, options[groups[i]], label)
         self._written = [p for p in state.params if not p.is_inference()]
-        self._reserve(options)
+        if pool is not None:
+            self._reserve(pool, options)
 
     # ---------------------------------------------------------------- before a step
 
@@ -171,9 +172,11 @@ class PreparedStep:
         self, tensors: StepTensors, options: Sequence[Options]
     ) -> list[_KernelPart]:
         """The kernel parts, with separate tables if the step is being captured."""
-        if not any(part.tables.captured() for part in self._kernel_parts):
-            self._reserve(options)
-            return list(self._kernel_parts)
+        parts = self._kernel_parts
+        if not any(part.tables.captured() for part in parts):
+            if self._pool is not None:
+                self._reserve(self._pool, options)
+            return parts
         if self._pool is None:
             graph_pool.refuse(False, self._caller)
         tables = self._pool.take(self, tensors)
@@ -181,18 +184,17 @@ class PreparedStep:
             replace(part, tables=own) for part, own in zip(self._kernel_parts, tables, strict=True)
         ]
 
-    def _reserve(self, options: Sequence[Options]) -> None:
+    def _reserve(self, pool: GraphPool, options: Sequence[Options]) -> None:
         """Prepare tables for a capture."""
-        if self._pool is not None:
-            never = [False] * len(self._numels)
-            self._pool.reserve(
-                self,
-                lambda: [
-                    self._tables(part.key, part.index, options, never, staged=True)
-                    for part in self._kernel_parts
-                    if part.tables.device.type == "cuda"
-                ],
-            )
+        never = [False] * len(self._numels)
+        pool.reserve(
+            self,
+            lambda: [
+                self._tables(part.key, part.index, options, never, staged=True)
+                for part in self._kernel_parts
+                if part.tables.device.type == "cuda"
+            ],
+        )
 
     def _tables(
         self, key: LaunchKey, index: list[int], options: Sequence[Options],
@@ -246,9 +248,12 @@ class PreparedStep:
         begun = part.tables.steps_taken() > 0
         fresh = [first and not begun for first in self.state.fresh]
         reasons = dict.fromkeys(part.index, reason)
-        self._torch_parts.append(
-            TorchPart(part.index, tensors, self._groups, options, fresh, reasons)
-        )
+        # Used by later steps, which may be taken outside of inference mode.
+        with torch.inference_mode(False), torch.no_grad():
+            own = TorchPart(
+                part.index, tensors, self._groups, options, fresh, reasons, bool(self._shards)
+            )
+        self._torch_parts.append(own)
         self._kernel_parts = [p for p in self._kernel_parts if p.index is not part.index]
 
     def _norms_of_whole_layers(

@@ -164,7 +164,7 @@ def see(tensors: StepTensors, known: Addresses) -> Seen | None:
         return None
     unmoved = read.addresses == known
     if unmoved:  # comparing the same object is then immediate
-        read = read._replace(addresses=known)
+        read = Fingerprint(known, *read[1:])
     return Seen(tensors, read, unmoved)
 
 

@@ -97,7 +97,7 @@ def test_the_tables_of_5000_tensors(monkeypatch):
     }
     for name, column in columns.items():
         assert work.rows.tensors[:, getattr(layout, name)].tolist() == column, name
-    kinds, tensors, chunks = unpack_items(work.items)
+    kinds, tensors, chunks = unpack_items(work.arguments.items)
     assert kinds.unique().tolist() == [BOTH]
     assert chunks.unique().tolist() == [0]
     assert sorted(tensors.tolist()) == list(range(5000))

@@ -104,8 +104,7 @@ def test_items_in_an_order_that_waits_for_itself_never_end(machine, monkeypatch)
     optimizer = LARS(params, backend="triton", **TERMS)
     optimizer.step()
     (work,) = internals.launches(optimizer)
-    work.items = work.items.flip(0).contiguous()
-    work.programs = 1
+    internals.replace_items(work, work.arguments.items.flip(0).contiguous())
     machine.schedule = {"most_turns": 5_000}
     with pytest.raises(Fault, match="wait for each other"):
         internals.run(work)

@@ -72,6 +72,25 @@ def test_the_files_of_a_hyper_parameter():
     assert set().union(*found.values()) | words == lists
 
 
+def test_the_pages_of_a_hyper_parameter():
+    """Pages that name all of them have to name the next one, too."""
+    lists = {f for f in listed("A hyper-parameter") if f.endswith(".md")}
+    assert {"README.md", "docs/equations.md", "docs/options.md"} <= lists
+    for page in ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        if page == "README.md":
+            text = text.split("\n## Semantics\n")[1].split("\n## ")[0]
+        # Beside its symbol the README writes a name as words.
+        lacking = [
+            name for name in options.TABLE
+            if not re.search(rf"\b{name}\b|\b{name.replace('_', ' ')}\b", text)
+        ]  # fmt: skip
+        if page in lists:
+            assert not lacking, f"add {lacking} to {page}"
+        else:
+            assert lacking, f"docs/architecture.md lacks {page}, which names every hyper-parameter"
+
+
 def test_the_kernels_read_every_word_of_a_group_in_the_rule_alone():
     table = (ROOT / "lars_fused" / "options.py").read_text(encoding="utf-8")
     for name in options.TABLE:
@@ -186,8 +205,7 @@ def test_a_repeated_step_takes_the_walk_that_the_page_draws(repeated):
 def test_a_repeated_step_of_torch_operations_takes_the_same_walk_down_to_the_fourth_file(repeated):
     files, called = walk()
     ways = {stack for stack in files_entered(repeated("torch")) if stack[-1] not in called}
-    torch_path = re.findall(
-        r"_engine/(torch_\w+\.py)", PAGE.split("torch operations take a step")[1]
-    )
-    torch_path = [*files[:3], *(f"lars_fused/_engine/{name}" for name in torch_path[:2])]
+    text = PAGE.split("torch operations take a step")[1]
+    others = re.findall(r"(lars_fused/_engine/torch_\w+\.py)", text)[:2]
+    torch_path = [*files[:3], *others]
     assert {way[:5] for way in ways} == {tuple(torch_path[:n]) for n in range(1, 6)}

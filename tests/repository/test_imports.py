@@ -18,15 +18,16 @@ kernels.layout
 options
 reference conventions
 _engine.tensors _engine.validate _engine.sharding _engine.plan _engine.launch _engine.queue_state
-_engine.device_memory _engine.schedule
+_engine.device_memory _engine.schedule _engine.members
+_engine.parameters
 _engine.launch_tables _engine.partition _engine.new_state _engine.rank_check _engine.portable
-_engine.graph_pool _engine.members _engine.replicas _engine.callers
+_engine.graph_pool _engine.replicas _engine.callers
 _engine.rates _engine.sgd_kernel _engine.square_norms _engine.decayed_norm
 _engine.small_batch _engine.large_tensor _engine.foreach
 _engine.fused
 _engine.torch_step
 _engine.torch_part
-_engine.parameters _engine.wrapped _engine.measured _engine.fallback
+_engine.wrapped _engine.measured _engine.fallback
 _engine.prepared_step
 _engine.engine
 functional norms groups schedule layer_stats
