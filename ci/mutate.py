@@ -40,10 +40,11 @@ class Fault(NamedTuple):
     new: str
 
 
-STEP, RULE, MEMORY, QUEUE, SUMS, L2, UPDATE, TUNING = (
+STEP, RULE, MEMORY, QUEUE, SUMS, L2, UPDATE, TUNING, RESIDENT, LAST = (
     f"kernels/{n}.py"
     for n in (
         "lars_step", "lars_rule", "memory", "queue", "sums", "l2norm", "lars_update", "tuning",
+        "lars_resident", "last_chunk",
     )
 )  # fmt: skip
 ENGINE, STEPPED, STATE, TORCH_PART, PARTITION, CHK, PLAN, TABLES, POOL, PORTABLE, TENSORS = (
@@ -126,7 +127,7 @@ FAULTS = [
     Fault("first chunk's partial sums missed", "interpret", SIZES, SUMS,
           "    done = chunks * 0\n", "    done = chunks * 0 + 1\n"),
     Fault("arrivals not reset", "interpret", SIZES,
-          STEP, "tl.store(arrivals + tensor, 0)", "pass"),
+          LAST, "tl.store(arrivals + tensor, 0)", "pass"),
     Fault("queue not reset", "interpret", "contract/tensors:zero_dimensions", STEP,
           "tl.store(counter, (epoch + taken).to(tl.int64) << TICKET_BITS)",
           "pass"),
@@ -247,6 +248,20 @@ FAULTS = [
           "launches=1, step_registers=104", "launches=1, step_registers=72"),
     Fault("machine code: whole blocks read element by element", "codegen", WIDE, MEMORY,
           "    if ALIGN > 1:", "    if ALIGN > 16:"),
+    Fault("held: a chunk is summed before its copy is waited for", "ptx",
+          "kernels/resident:same_bits_as", RESIDENT, "wait_group(1)", "wait_group(2)"),
+    Fault("held: a copy goes into a slot that is not free", "ptx",
+          "kernels/resident:same_bits_as", RESIDENT,
+          "gl.where(slot_1 == SLOTS - 1, 0, slot_1 + 1)", "gl.where(slot_1 == SLOTS - 1, 0, slot_1)"),
+    Fault("held: nobody waits for a ratio", "ptx", "kernels/resident:same_bits_as", RESIDENT,
+          "if (old_switches & _ADAPT) != 0:", "if old_switches < 0:"),
+    Fault("held: more than fits", "cpu", "kernels/resident:no_item_waits or ring_holds", TUNING,
+          "slots(row, bytes_per_element) - 2", "slots(row, bytes_per_element) - 1"),
+    Fault("held: an answer is waited for before the update", "codegen",
+          "kernels/resident_codegen:sends_for", RESIDENT,
+          "        if (old_kind & _UPDATE) != 0:\n",
+          "        arrived += gl.sum(gl.where(thread == 0, arrived, 0), 0) * 0\n"
+          "        if (old_kind & _UPDATE) != 0:\n"),
     Fault("plan: updates right behind their norms", "cpu", "bench/traffic:covers_the_waits", PLAN,
           "pending.append((i, tape.length + lag))", "pending.append((i, tape.length))"),
     Fault("plan: no update held back for the last waits", "cpu", "engine/plan:small_tensor_at_the",

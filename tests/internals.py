@@ -165,7 +165,7 @@ def single_chunk(tables: LaunchTables, item: int) -> None:
 
 
 def replace_items(tables: LaunchTables, items: Tensor) -> None:
-    """Let a launch do these work items, by one program."""
+    """Let a launch do these work items."""
     tables.arguments = tables.arguments._replace(items=items, n_items=items.numel())
     tables.norm_items = tables.update_items = items
     tables.programs = 1

@@ -214,7 +214,7 @@ def test_a_tensor_that_the_rings_cannot_hold_would_never_end(row, machine):
     (work,) = internals.launches(optimizer)
     held = planned([24 * row.chunk], [True], work.programs, 100, row.chunk)
     assert {*unpack_items(held.items)[0].tolist()} == {BOTH}
-    work.items = held.items
+    internals.replace_items(work, held.items)
     machine.schedule = {"most_turns": 20_000}
     with pytest.raises(Fault, match="wait for each other"):
         internals.run(work)
