@@ -1,7 +1,6 @@
 """Checkpoints of sharded training: on other numbers of ranks, and after a rank was killed."""
 
 import datetime
-import multiprocessing
 import os
 import signal
 
@@ -18,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from lars_fused import WarmupPolynomialLR
 from tests.distributed import networks as nets
+from tests.processes import CONTEXT
 
 pytestmark = pytest.mark.cpu
 
@@ -138,12 +138,11 @@ def killed(rank, size, meeting, folder, limit, report):
 def test_a_killed_rank_ends_the_others_and_training_resumes_bitwise(ranks, tmp_path):
     limit = 600  # what gloo waits for; the others must have ended long before
     expected = ranks.run(saved_and_continued, str(tmp_path / "whole"), False)
-    context = multiprocessing.get_context("spawn")
-    mine, theirs = context.Pipe(duplex=False)
+    mine, theirs = CONTEXT.Pipe(duplex=False)
     meeting, folder = str(tmp_path / "meeting"), str(tmp_path / "cut")
     size = ranks.size
     processes = [
-        context.Process(target=killed, args=(rank, size, meeting, folder, limit, theirs))
+        CONTEXT.Process(target=killed, args=(rank, size, meeting, folder, limit, theirs))
         for rank in range(size)
     ]
     for process in processes:
