@@ -37,6 +37,7 @@ from .lars_rule import (
     update_factors,
     update_rule,
     update_tail,
+    waits_for_ratio,
 )
 from .last_chunk import finish_tensor
 from .memory import chunk_span, narrow, pointer_to, widen
@@ -68,7 +69,6 @@ _NUMEL = gl.constexpr(layout.NUMEL)
 _SLOT = gl.constexpr(layout.SLOT)
 _FLAGS = gl.constexpr(layout.FLAGS)
 _TENSOR_WORDS = gl.constexpr(layout.TENSOR_WORDS)
-_ADAPT = gl.constexpr(layout.ADAPT)
 _DECAY = gl.constexpr(layout.DECAY)
 _GROUP_WORDS = gl.constexpr(layout.GROUP_WORDS)
 
@@ -312,7 +312,7 @@ def lars_resident(
                 words, old_switches, old_flags, epoch
             )
             ratio = gl.to_tensor(1.0).to(gl.float64)
-            if (old_switches & _ADAPT) != 0:
+            if waits_for_ratio(old_switches):
                 ratio = wait_for_ratio(asked, flags + old_tensor, epoch, POLL_ATOMIC, BACKOFF)
             lr = learning_rate(rate, old_switches)
             factor = gradient_factor(old_switches, unscale)

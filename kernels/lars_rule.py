@@ -93,6 +93,12 @@ def learning_rate(words, switches):
 
 
 @triton.jit
+def waits_for_ratio(switches):
+    """Whether an update needs its tensor's norms: not with adapt=False."""
+    return (switches & _ADAPT) != 0
+
+
+@triton.jit
 def uses_decayed_norm(switches):
     """Whether the trust ratio is made of N(d) and not of N(s·g)."""
     return (switches & _DECAYED) != 0

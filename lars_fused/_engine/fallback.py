@@ -18,7 +18,10 @@ def warn_once(caller: str, reason: str) -> None:
     if reason not in _warned:
         _warned.add(reason)
         warnings.warn(
-            f"{caller}: falling back to the portable path: {reason}", RuntimeWarning, stacklevel=6
+            f"{caller}: falling back to the portable path: {reason}; backend='torch' "
+            "selects it without this warning",
+            RuntimeWarning,
+            stacklevel=6,
         )
 
 

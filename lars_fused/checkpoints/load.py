@@ -99,8 +99,9 @@ class Restore:
             where = sharding.layout(value)
             if where not in (None, sharding.layout(p)):
                 raise ValueError(
-                    f"{label}: the checkpoint's {name} is laid out as {where}, unlike "
-                    "the parameter; load with torch.distributed.checkpoint, which reshards it"
+                    f"{label}: the checkpoint's {name} is laid out as {where.placements} on "
+                    f"{where.mesh}, unlike the parameter; load with torch.distributed.checkpoint, "
+                    "which reshards it"
                 )
         # Loaded as it is, another optimizer's state would be ignored and its momentum lost. What
         # wrappers of this optimizer (Lookahead, schedule-free) keep beside ours is none of that.

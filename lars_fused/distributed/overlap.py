@@ -84,7 +84,10 @@ def overlap_with_backward(
             f"overlap_with_backward: optimizer is a {type(optimizer).__name__}; must be a LARS"
         )
     if optimizer._overlap is not None:
-        raise ValueError("overlap_with_backward: the optimizer's steps are already overlapped")
+        raise ValueError(
+            "overlap_with_backward: the optimizer's steps are already overlapped; first call "
+            "remove() on what overlap_with_backward returned"
+        )
     if ddp_model.find_unused_parameters and not ddp_model.static_graph:
         raise ValueError(
             "overlap_with_backward: find_unused_parameters=True cannot be overlapped: which "
@@ -260,5 +263,6 @@ class Overlap:
                     raise RuntimeError(
                         f"overlap_with_backward: param_groups[{g}]['params'][{i}] (shape "
                         f"{tuple(p.shape)}) has a gradient that the backward pass did not reduce"
-                        f"{' in the first step' if self._rehearsed else ''}{taken}"
+                        f"{' in the first step' if self._rehearsed else ''}{taken}; use plain "
+                        "steps, or overlap anew once every parameter has a gradient"
                     )

@@ -9,7 +9,6 @@ import math
 import os
 import subprocess
 import sys
-import time
 import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +31,7 @@ from bench.timers import CpuTimer, CudaTimer, interleave
 from lars_fused import LARS
 from lars_fused.kernels import layout
 from tests import internals
+from tests.prices import best_of, least_ratio, thread_time
 
 pytestmark = pytest.mark.cpu
 
@@ -295,32 +295,30 @@ def needs_triton():
 
 
 def test_host_time_of_resnet50(needs_triton):
-    found = host_times(None, rounds=150, calls=4, names=(FOREACH,))
-    assert min(found[STUBBED]) <= 0.25 * min(found[FOREACH])
+    def best():
+        found = host_times(None, rounds=50, calls=4, names=(FOREACH,))
+        return min(found[STUBBED]), min(found[FOREACH])
+
+    assert least_ratio(0.25, best) <= 0.25
 
 
 def test_host_time_grows_linearly(needs_triton):
-    """In one process and in turn, each step behind cold caches, by the time of its thread alone:
-    whatever else runs takes the processor away but is not counted.
-    """
-    other, counts = torch.zeros(1 << 24), (1000, 10_000)
+    """Each step behind cold caches, so that few tensors have no advantage over many."""
+    other, counts = torch.zeros(1 << 24), (10_000, 1000)
 
     def sample(step):
         other.add_(1)
-        before = time.thread_time()
-        step()
-        return time.thread_time() - before
+        return thread_time(step)
 
     with stubbed_launches():
-        steps = {
-            n: LARS(groups(parameters(n), adapt=False), 0.1, backend="triton").step for n in counts
-        }
-        for step in steps.values():
+        steps = [
+            LARS(groups(parameters(n), adapt=False), 0.1, backend="triton").step for n in counts
+        ]
+        for step in steps:
             for _ in range(3):
                 step()
-        found = interleave({n: functools.partial(sample, s) for n, s in steps.items()}, 30, 20.0)
-    few, many = (min(found[n]) for n in counts)
-    assert many <= 12 * few
+        best = functools.partial(best_of, 10, *(functools.partial(sample, step) for step in steps))
+        assert least_ratio(12.0, best) <= 12.0
 
 
 def optimizer_of(count):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -40,7 +39,7 @@ pieces, budget = Pieces(folder), Budget.inherited()
 for name in "abc":
     if name in pieces.begun():
         continue
-    with pieces.piece(name, 0.5, budget):
+    with pieces.piece(name, 0.5 if (name, how) == ("b", "hang") else 30.0, budget):
         (folder / name).touch()
         if name == "b":
             {"hang": hang, "fault": fault, "abort": os.abort, "error": error}[how]()
@@ -50,11 +49,9 @@ for name in "abc":
 @pytest.mark.parametrize("how", ["hang", "fault", "abort"])
 def test_a_run_goes_on_past_a_lost_piece(tmp_path, how, capfd):
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    start = time.monotonic()
     status = supervised(
         [sys.executable, "-c", CHILD, str(tmp_path), how], tmp_path, Budget(60), env
     )
-    assert time.monotonic() - start < 60
     assert status == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "c", "environment.json"]
     lost = environment.read(tmp_path)["lost"]

@@ -7,6 +7,8 @@ import tempfile
 import time
 import traceback
 
+from tests.processes import CONTEXT
+
 START_LIMIT = 90  # seconds; the machine may be busy
 GROUP_TIMEOUT = 60
 
@@ -23,7 +25,8 @@ class Ranks:
         self._processes = []
 
     def _start(self):
-        context = multiprocessing.get_context("spawn")
+        # A fork may use a GPU if its parent has not, but nothing here depends on that.
+        context = multiprocessing.get_context("spawn") if self.backend == "nccl" else CONTEXT
         meeting = os.path.join(tempfile.mkdtemp(prefix="ranks"), "meeting")
         self._pipes = []
         for rank in range(self.size):

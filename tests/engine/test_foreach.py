@@ -7,32 +7,17 @@ import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lars_fused._engine import foreach, torch_step
 from lars_fused.reference import Options
 from tests.cases import TERMS, bits
 from tests.engine.test_torch_step import BF16, F32, F64, SHAPES, check, clones, lists, truth_of
+from tests.prices import Dispatches
 
 pytestmark = pytest.mark.cpu
 
-VIEWS = {"as_strided", "view", "slice", "unbind", "unsqueeze", "detach", "alias", "select"}
-READS = {"_local_scalar_dense", "item", "is_nonzero", "equal"}
-
-
-class Dispatches(TorchDispatchMode):
-    """The names of all operations but views, and whether one of them would wait for the device."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.__name__.split(".")[0]
-        assert name not in READS, f"{name} waits for the device"
-        if name not in VIEWS:
-            self.names.append(function.__name__)
-        return function(*args, **(kwargs or {}))
+# What would wait for the device.
+READS = frozenset({"_local_scalar_dense", "item", "is_nonzero", "equal"})
 
 
 def step(w, g, v, options, first=None, **more):
@@ -47,7 +32,7 @@ def counted(count, options, **more):
     n = len(w)
     prepared = torch_step.prepare(w, g, v, [None] * n, [options] * n, backend="foreach")
     step(w, g, v, options, prepared=prepared, **more)
-    with Dispatches() as mode:
+    with Dispatches(READS) as mode:
         step(w, g, v, options, prepared=prepared, **more)
     return mode.names
 

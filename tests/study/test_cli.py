@@ -7,30 +7,32 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 pytest.importorskip("click", reason="the extra `study` is not installed")
 pytest.importorskip("matplotlib", reason="the extra `study` is not installed")
 
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from lars_fused.study import runs
+from lars_fused.study import loop, runs
 from lars_fused.study.cli import main
 from lars_fused.study.settings import Settings
+from tests.processes import Study
+from tests.study.drawing import undrawn
 
 pytestmark = pytest.mark.cpu
 
-ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = {
-    **os.environ,
-    "CUDA_VISIBLE_DEVICES": "",
-    "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-}
+
+@pytest.fixture(autouse=True)
+def _pictures(request, monkeypatch) -> None:
+    if request.function is not test_report_of_single_runs:
+        undrawn(monkeypatch)
+
+
 TRAIN = ["train", "--data=synthetic", "--batch=64"]
 
 
@@ -42,18 +44,6 @@ def result_in(out: Path) -> dict:
 def weights_in(out: Path) -> dict[str, torch.Tensor]:
     (path,) = (out / "runs").glob("*/weights.pt")
     return torch.load(path, weights_only=True)
-
-
-def start(arguments: list[str], **options) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "lars_fused.study", *arguments],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
 
 
 def failure(arguments: list[str], capsys) -> str:
@@ -161,37 +151,31 @@ def failure_after_header(arguments: list[str], capsys) -> str:
     return shown.err
 
 
+def killed_after(step: int) -> None:
+    """The process ends itself, as by `kill -9`, right after it has saved at this step."""
+    save, loop.CHECKPOINT_SECONDS = loop.Trainer.save, 0.0
+
+    def then_killed(trainer: loop.Trainer) -> None:
+        save(trainer)
+        if trainer.step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    loop.Trainer.save = then_killed
+
+
 def test_a_killed_run_goes_on_to_the_bitwise_same_result(tmp_path) -> None:
     arguments = [
-        "train", "--data=synthetic", "--train-images=512", "--batch=16", "--network=c1",
-        "--width=0.125", "--epochs=2", "--warmup-epochs=1",
+        "train", "--data=synthetic", "--train-images=256", "--batch=16", "--network=c1",
+        "--width=0.125", "--epochs=1", "--warmup-epochs=0.5",
     ]  # fmt: skip
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert main([*arguments, f"--out={whole}"]) == 0
-    code = (
-        "import sys; from lars_fused.study import loop, cli; loop.CHECKPOINT_SECONDS = 0.0; "
-        "sys.exit(cli.main(sys.argv[1:]))"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments, f"--out={killed}"],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
-    try:
-        until = time.monotonic() + 60
-        while not (found := list(killed.rglob(runs.CHECKPOINT))):
-            assert process.poll() is None, process.stderr.read().decode()
-            assert time.monotonic() < until
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-    finally:
-        process.kill()
-        process.wait()
+    process = Study([*arguments, f"--out={killed}"], tmp_path, killed_after, 5)
+    assert process.wait()[0] == -signal.SIGKILL
+    (checkpoint,) = killed.rglob(runs.CHECKPOINT)
     assert not list(killed.rglob("result.json"))
-    step = torch.load(found[0], weights_only=True)["step"]
-    assert 0 < step < 64
+    assert torch.load(checkpoint, weights_only=True)["step"] == 5
+    assert len(result_in(whole)["history"]["losses"]) == 16
     assert main([*arguments, f"--out={killed}"]) == 0
     assert result_in(killed)["history"] == result_in(whole)["history"]
     for name, tensor in weights_in(whole).items():
@@ -199,51 +183,54 @@ def test_a_killed_run_goes_on_to_the_bitwise_same_result(tmp_path) -> None:
     assert not list(killed.rglob(runs.CHECKPOINT))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
-def test_a_full_disk_is_one_line_and_keeps_what_is_there(tmp_path) -> None:
+def full_disk() -> None:
     import resource
 
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then a write fails as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
+def test_a_full_disk_is_one_line_and_keeps_what_is_there(tmp_path) -> None:
     out = tmp_path / "out"
     arguments = [*TRAIN, "--epochs=0.1", f"--out={out}"]
     assert main(arguments) == 0
     earlier = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
-
-    def full() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then a write fails as on a full disk
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-
-    process = start([*arguments, "--seed=1"], preexec_fn=full)
-    _, shown = process.communicate(timeout=120)
-    assert process.returncode == 1
+    status, _, shown = Study([*arguments, "--seed=1"], tmp_path, full_disk).wait()
+    assert status == 1
     assert "could not be written" in shown
     assert shown.count("\n") == 1, shown
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == earlier
     assert main([*arguments, "--seed=1"]) == 0
 
 
+def as_rank(rank: int, size: int, port: int) -> None:
+    """What torchrun tells its processes."""
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }  # fmt: skip
+
+
 def test_two_ranks_are_one_process_on_the_joined_batch(tmp_path) -> None:
     """Batch normalisation and dropout included: a micro-batch is a rank's half of the batch."""
     arguments = [
-        "--data=synthetic", "--network=c1", "--width=0.125", "--batch=63", "--epochs=0.4",
+        "--data=synthetic", "--network=c1", "--width=0.125", "--batch=63", "--epochs=0.2",
         "--augment=minimal", "--layers=3", "--micro-batch=32", "--evaluations=2",
     ]  # fmt: skip
     assert main(["train", *arguments, f"--out={tmp_path / 'one'}"]) == 0
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-         "-m", "lars_fused.study", "train", *arguments, f"--out={tmp_path / 'two'}"],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Test accuracy") == 1
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    command = ["train", *arguments, f"--out={tmp_path / 'two'}"]
+    ranks = [Study(command, tmp_path, as_rank, i, 2, store.port) for i in range(2)]
+    done = [rank.wait() for rank in ranks]
+    assert [status for status, _, _ in done] == [0, 0], done
+    assert sum(out.count("Test accuracy") for _, out, _ in done) == 1
     one, two = result_in(tmp_path / "one"), result_in(tmp_path / "two")
     assert (one["processes"], two["processes"]) == (1, 2)
-    assert len(one["history"]["losses"]) == 13
+    assert len(one["history"]["losses"]) == 7
     # The same sums, in the same order but for the one of the two halves: a few ulp a step.
-    tolerance = 13 * 16 * torch.finfo(torch.float32).eps
+    tolerance = 7 * 16 * torch.finfo(torch.float32).eps
     assert two["history"]["losses"] == pytest.approx(one["history"]["losses"], rel=tolerance)
     ours, theirs = weights_in(tmp_path / "one"), weights_in(tmp_path / "two")
     for name, tensor in ours.items():

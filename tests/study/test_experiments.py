@@ -20,6 +20,7 @@ from lars_fused.study.history import History
 from lars_fused.study.loop import Trainer
 from lars_fused.study.settings import Settings
 from tests.study.commands import done_in_shares
+from tests.study.drawing import coarsely_drawn
 from tests.study.tables import rows, summary_of
 
 pytestmark = pytest.mark.cpu
@@ -136,7 +137,9 @@ def sweep(tmp_path_factory) -> Path:
     from lars_fused.study.cli import main
 
     out = tmp_path_factory.mktemp("sweep")
-    assert main([*SWEEP, f"--out={out}"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        coarsely_drawn(patch)
+        assert main([*SWEEP, f"--out={out}"]) == 0
     return out
 
 
@@ -204,7 +207,8 @@ def test_shares_that_are_merged_are_the_whole_sweep(
     }
 
 
-def test_norms_by_layer_at_the_first_step_and_the_bound(tmp_path: Path, capsys) -> None:
+def test_norms_by_layer_at_the_first_step_and_the_bound(tmp_path, monkeypatch, capsys) -> None:
+    coarsely_drawn(monkeypatch)
     text = lars_study(
         ["layers", "--data=synthetic", "--network=alexnet", "--width=0.03125", "--epochs=0.5",
          "--batches=128", f"--out={tmp_path}"],
