@@ -175,6 +175,8 @@ class Target(NamedTuple):
     """How many programs run at the same time."""
     window: int
     """Bytes of w and g that a group of order "grouped" may span."""
+    kernel: KernelName
+    """Which one does a step in one launch."""
 
 
 def target(device: torch.device) -> Target:
@@ -182,7 +184,13 @@ def target(device: torch.device) -> Target:
     name, multiprocessors, l2_bytes = architecture(device)
     row = tuning.row_for(name)
     window = int(l2_bytes * tuning.WINDOW_SHARE) if row.window is None else row.window
-    return Target(row, multiprocessors * row.programs, window)
+    kernel: KernelName = "lars_resident" if row.order == "resident" else "lars_step"
+    return Target(row, multiprocessors * row.programs, window, kernel)
+
+
+def held_chunks(target: Target, dtypes: Dtypes) -> int:
+    """Chunks of one tensor that all programs of `lars_resident` hold until its ratio is there."""
+    return target.programs * tuning.held_steps(target.row, bytes_per_element(dtypes))
 
 
 def alignments(dtypes: Dtypes) -> dict[str, int]:

@@ -207,7 +207,7 @@ class LaunchTables:
         if args.n_items == 0:  # other ranks hold all of these tensors
             queue_state.count_step(args.counter, args.watch, args.found_inf)
             return
-        self._launch(self.schedule.kernel, self.programs, args)
+        self._launch(self.schedule.target.kernel, self.programs, args)
 
     def norms(self, scaling: Scaling) -> None:
         """The first of two launches: fill `sums`."""

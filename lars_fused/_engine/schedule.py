@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..kernels import layout, tuning
+from ..kernels import layout
 from . import launch
 from .plan import Plan, cached_plan, unpack_items
 
@@ -38,11 +38,6 @@ class Schedule:
         """How many programs one launch starts: no more than there are items."""
         return max(1, min(self.target.programs, self.plan.items.numel()))
 
-    @property
-    def kernel(self) -> launch.KernelName:
-        """Which one does a step in one launch."""
-        return "lars_resident" if self.target.row.order == "resident" else "lars_step"
-
     def halves(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The items of two launches: norms; then updates."""
         kinds = unpack_items(self.plan.items)[0]
@@ -54,7 +49,6 @@ class Schedule:
 def schedule(device: torch.device, dtypes: launch.Dtypes, contents: Contents) -> Schedule:
     """The schedule for a device; equal tensors share a plan."""
     target = launch.target(device)
-    width = launch.bytes_per_element(dtypes)
     plan = cached_plan(
         contents.numels,
         contents.adapt,
@@ -63,7 +57,7 @@ def schedule(device: torch.device, dtypes: launch.Dtypes, contents: Contents) ->
         window=target.window,
         lag=int(target.programs * target.row.lag),
         order=target.row.order,
-        span=target.programs * tuning.held_steps(target.row, width),
-        bytes_per_element=width,
+        span=launch.held_chunks(target, dtypes),
+        bytes_per_element=launch.bytes_per_element(dtypes),
     )
     return Schedule(device, dtypes, target, plan)
