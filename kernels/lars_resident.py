@@ -2,8 +2,8 @@
 
     program      takes every P-th item of the list, of P programs: no tickets
     ring         SLOTS chunks of w and g in shared memory
-    step s       its item s is summed, item s - SLOTS is updated, and item s + 1 sent for: into the
-                 slot that item s + 1 - SLOTS has left for registers
+    step s       its item s is summed, item s - LAG is updated (LAG = SLOTS - 1), and item s + 2
+                 sent for, into the slot that item s + 1 - LAG has left for registers
 
 `lars_step.py` leaves w and g to the L2 cache between a tensor's norms and its updates. Here each
 program keeps its chunks in shared memory and updates them from there: DRAM sees read w, g, v and
