@@ -80,6 +80,7 @@ def digest(options: Mapping[str, Any], kinds: Mapping[str, Any], backend: str) -
 
 STORAGE = {str(t).removeprefix("torch."): t for t in validate.STORAGE_DTYPES}
 WIDE = {**STORAGE, "float64": torch.float64}
+TORCH_BACKENDS = ("fused", "foreach", torch_step.REFERENCE)
 SMALL = ((3, 5), (19,))
 SMALLEST = ((19,),)  # the interpreter takes 30 ms for each tensor and step
 
@@ -134,8 +135,8 @@ def together(kinds: Mapping[str, Any], backend: str) -> dict[str, str]:
 @contextmanager
 def torch_operations(name: str) -> Iterator[None]:
     """Within the block backend="torch" is this one of its implementations, where it can be."""
-    real = torch_step.partition
-    with patch.object(torch_step, "partition", lambda *lists: real(*lists[:6], name)):
+    real = torch_step.divide
+    with patch.object(torch_step, "divide", lambda *lists: real(*lists[:5], name)):
         yield
 
 
@@ -163,7 +164,7 @@ def record() -> dict[str, Any]:
         found["triton, small"] = {
             name: together(kinds, "triton") for name, kinds in combinations(STORAGE).items()
         }
-    for backend in torch_step.BACKENDS:
+    for backend in TORCH_BACKENDS:
         with torch_operations(backend):
             found[backend] = {
                 name: together(kinds, "torch") for name, kinds in combinations(WIDE).items()

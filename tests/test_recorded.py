@@ -11,7 +11,6 @@ import json
 import pytest
 import torch
 
-from lars_fused._engine import torch_step
 from tests import recorded
 from tests.cases import Spec, small_row
 from tests.trial import Trial
@@ -26,7 +25,9 @@ def same_environment():
 
 @pytest.mark.interpret
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "options", "kinds"), recorded.cases(), ids=lambda x: str(x)[:60])
+@pytest.mark.parametrize(
+    ("name", "options", "kinds"), [*recorded.cases()], ids=lambda x: str(x)[:60]
+)
 def test_the_same_bits_as_before(name, options, kinds):
     """Written before the engine was rebuilt, and not written since."""
     same_environment()
@@ -44,7 +45,7 @@ def test_the_kernels_give_the_bits_that_are_kept(name, monkeypatch):
 
 @pytest.mark.cpu
 @pytest.mark.parametrize("name", recorded.combinations(recorded.WIDE))
-@pytest.mark.parametrize("backend", torch_step.BACKENDS)
+@pytest.mark.parametrize("backend", recorded.TORCH_BACKENDS)
 def test_torch_operations_give_the_bits_that_are_kept(backend, name):
     same_environment()
     kinds = recorded.combinations(recorded.WIDE)[name]
@@ -54,7 +55,7 @@ def test_torch_operations_give_the_bits_that_are_kept(backend, name):
 
 @pytest.mark.cpu
 @pytest.mark.parametrize("name", recorded.combinations(recorded.WIDE))
-@pytest.mark.parametrize("backend", torch_step.BACKENDS)
+@pytest.mark.parametrize("backend", recorded.TORCH_BACKENDS)
 def test_torch_operations_stay_within_the_bound(backend, name):
     """Three steps of every options as a group of one optimizer, on every machine."""
     kinds = recorded.combinations(recorded.WIDE)[name]
