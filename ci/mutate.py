@@ -261,7 +261,7 @@ FAULTS = [
     Fault("held: an answer is waited for before the update", "codegen",
           "kernels/resident_codegen:sends_for", RESIDENT,
           "        if (old_kind & _UPDATE) != 0:\n",
-          "        arrived += gl.sum(gl.where(thread == 0, arrived, 0), 0) * 0\n"
+          "        arrived = thread * 0 + gl.sum(gl.where(thread == 0, arrived, 0), 0)\n"
           "        if (old_kind & _UPDATE) != 0:\n"),
     Fault("plan: updates right behind their norms", "cpu", "bench/traffic:covers_the_waits", PLAN,
           "pending.append((i, tape.length + lag))", "pending.append((i, tape.length))"),
