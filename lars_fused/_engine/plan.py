@@ -23,10 +23,10 @@ smaller S fill the time that A's updates would wait, A's updates do the same for
 elements spans at most 12T bytes of fp32 w, g and v even if updated data stays in cache, but where
 tensors are large a group is one tensor, and every program waits for its last norm.
 
-``resident``: for programs that keep w and g in shared memory between sums and update, each taking
-every so-maniest item (`kernels/lars_resident.py`). Tensor after tensor: a ``BOTH`` item for each
-chunk that can be held until the tensor's last norm is done (``span``), and for those before them a
-``NORM`` item, and an ``UPDATE`` item behind the rest.
+``resident``: for programs that keep w and g in shared memory between sums and update, of which
+program p takes items p, p + P, p + 2P, ... (`kernels/lars_resident.py`). Tensor after tensor: a
+``BOTH`` item for each chunk that can be held until the tensor's last norm is done (``span``); for
+those before them a ``NORM`` item, and an ``UPDATE`` item behind the rest.
 
 Updates run backwards: the chunk read last is read again first, which saves what is still cached
 where not all of it is.
