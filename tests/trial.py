@@ -142,3 +142,20 @@ class Trial:
         for work in self.works():
             for scratch in (work.memory.partials, work.memory.sums, work.memory.ratios):
                 scratch.fill_(torch.nan)
+
+
+def assert_skipped_steps_do_not_count(device: str) -> None:
+    """A launch that found_inf skips writes nothing; the next one is the second step."""
+    params = [torch.nn.Parameter(torch.randn(n, device=device)) for n in (5000, 3)]
+    optimizer = LARS(params, backend="triton", **TERMS)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    (work,) = internals.launches(optimizer)
+    before = bits(params)
+    internals.run(work, torch.ones(1, device=device))
+    assert (bits(params), work.steps_taken()) == (before, 1)
+    internals.run(work, torch.zeros(1, device=device))
+    assert bits(params) != before
+    assert work.steps_taken() == 2
+    work.check_queue()

@@ -42,6 +42,7 @@ def test_only_an_architecture_with_a_row_has_candidates() -> None:
 def test_all_programs_of_the_row_are_resident_and_nothing_spills(made: Build) -> None:
     row = measure(made)
     assert (row.spills, row.stack) == (0, 0)
+    assert row.registers <= 254  # the most that any case took with triton 3.6.0 or 3.7.1
     # Beside the ring 96 bytes at most: three float64 a warp, to add up partial sums.
     assert 0 <= row.shared - ring_bytes(made.spec) <= 96
     assert row.resident >= ROW.programs
