@@ -11,7 +11,7 @@ import torch
 from bench import environment
 from bench.cases import Case, model_case, slug, sweep_case
 from bench.harness import GateError, Recorder
-from bench.timers import Budget, interleave, timer_for
+from bench.timers import Budget, all_cores, interleave, timer_for
 from bench.variants import Variant
 from lars_fused import multi_tensor_l2norm
 
@@ -60,7 +60,9 @@ def measured(
         for variant in calls.values():
             for _ in range(3):
                 variant.step()
-        samples = interleave({n: timer.ready(v) for n, v in calls.items()}, 30, 3.0)
+        with all_cores() as threads:
+            recorder.note(threads={f"norms, {case.name}": threads})
+            samples = interleave({n: timer.ready(v) for n, v in calls.items()}, 30, 3.0)
         facts = {"n_tensors": len(tensors), "n_params": case.n_params, "kind": timer.kind}
         utc = environment.now()
         for n, taken in samples.items():

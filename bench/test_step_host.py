@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,7 +20,7 @@ from bench.cases import SWEEP, Case, model_case, slug, sweep_case
 from bench.harness import COPY, Measured, Recorder, measure
 from bench.models import adapted
 from bench.peers import CPU_LADDER, EAGER, PORTABLE
-from bench.timers import Budget, interleave, per_call_us
+from bench.timers import Budget, all_cores, interleave, per_call_us
 from lars_fused import LARS
 from lars_fused._engine import launch
 
@@ -131,16 +130,6 @@ def test_overhead(case, variant, overhead, replay, benchmark):
 
 
 # ---------------------------------------------------------------- whole steps on a CPU
-
-
-@contextlib.contextmanager
-def all_cores() -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
-    try:
-        yield torch.get_num_threads()
-    finally:
-        torch.set_num_threads(before)
 
 
 def extra_memory(step: Callable[[], object]) -> int:

@@ -16,9 +16,11 @@ variant, in rotating order.
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from statistics import median
 
 import torch
@@ -166,6 +168,17 @@ def _chained(run: Callable[[int], object], more: int = 10) -> Callable[[], float
 
     us(1), us(1 + more)  # each length is compiled once
     return lambda: (us(1 + more) - us(1)) / more
+
+
+@contextlib.contextmanager
+def all_cores() -> Iterator[int]:
+    """Let PyTorch use every core within the block, as it does by default; yields their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    try:
+        yield torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
 
 
 def timer_for(device: torch.device) -> CpuTimer | CudaTimer:
