@@ -62,6 +62,7 @@ RATES, FUSED, SMALL, LARGE, DECAYED, RANKS, MEMBERS, CALLERS, QUEUE_STATE, WARNE
     )
 )  # fmt: skip
 TORCH_STEP = "lars_fused/_engine/torch_step.py"
+SGD_KERNEL = "lars_fused/_engine/sgd_kernel.py"
 REF, OPT, OPTIONS, CKPT, MONITOR = (
     f"lars_fused/{n}.py"
     for n in ("reference", "optimizer", "options", "checkpoints/load", "monitor")
@@ -183,11 +184,17 @@ FAULTS = [
     Fault("torch: N(d) without the momentum", "cpu", "engine/decayed_norm:before_the_step",
           DECAYED, "before = now + out * v_.double()", "before = now"),
     Fault("torch: rows of a batch joined wrongly", "cpu", EVERY_BACKEND, SMALL,
-          "return [sum(islice(rest, count)) for count in self._counts]",
-          "return [sum(islice(rest, 1)) for count in self._counts]"),
+          "if b - a == 1 else sum(squares[a:b])", "if b - a == 1 else squares[a]"),
+    Fault("torch: padding of another batch summed", "cpu", "engine/fused:another_batch", SMALL,
+          "if self._padded and self._scratch.clean_for is not self:", "if False:"),
+    Fault("torch: one factor for first and later steps", "cpu", "engine/fused:first_and_later",
+          SMALL, "if f == factor]", "]"),
     Fault("torch: a window's norms mixed up", "cpu", EVERY_BACKEND, LARGE,
           "w, g = found[::2], found[1::2]", "g, w = found[::2], found[1::2]"),
-    Fault("torch: small factors rounded away", "cpu", "engine/fused:small", LARGE,
+    Fault("torch: a window's table may be of any size", "cpu", "engine/fused:windows", LARGE,
+          "if elements > WINDOW or 2 * (len(self.index) + 1) * most > TABLE:",
+          "if elements > WINDOW:"),
+    Fault("torch: small factors rounded away", "cpu", "engine/fused:small", SGD_KERNEL,
           "return factor == 0 or factor >= LEAST_FACTOR[dtype]", "return True"),
     Fault("kernel: found_inf ignored", "ptx", "contract/amp:only_the_device", STEP,
           "taken = tl.load(found_inf) == 0", "taken = tl.load(found_inf) == tl.load(found_inf)"),

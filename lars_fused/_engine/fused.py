@@ -2,10 +2,11 @@
 
     dampening ← 1 − factor, lr ← out:    v ← μv + factor·(g + βw),    w ← w − out·v
 
-A tensor's norms are computed just before its update, so that the second read hits the cache. Many
-small tensors share one call (`small_batch`); a large one takes several (`large_tensor`). What the
-kernel cannot express or store (nesterov, other dtypes, factors that 1 − factor would round) is
-passed as factor·d in place of the gradient. Tensors of extreme magnitude use the reference.
+Norms come first, of a batch of small tensors (`small_batch`, one call for all) or of a window of
+large ones (`large_tensor`); then the updates, the last first: the cache still holds most of it.
+What the kernel cannot express or store (nesterov, other dtypes, factors that 1 − factor would
+round) is passed as factor·d in place of the gradient. Tensors of extreme magnitude use the
+reference.
 """
 
 from __future__ import annotations
@@ -61,33 +62,33 @@ class Plan:
     """The batches of small tensors and windows of large ones. Holds none of the tensors.
 
     It serves every step of tensors like these, as long as those that share an `Options` object here
-    go on sharing one, with whatever values.
+    go on sharing one, with whatever values but that of `adapt`.
     """
 
     def __init__(
         self, weights: Sequence[Tensor], grads: Sequence[Tensor],
         buffers: Sequence[Tensor | None], options: Sequence[Options],
     ):  # fmt: skip
-        dtypes = [compute_dtype(w) for w in weights]
+        self.dtypes = [compute_dtype(w) for w in weights]
         seen: dict[tuple[int, bool], int] = {}
-        kinds = [
-            seen.setdefault((id(o), v is None), len(seen))
-            for o, v in zip(options, buffers, strict=True)
-        ]
+        kinds, alike = [], []
+        for w, g, v, o, dtype in zip(weights, grads, buffers, options, self.dtypes, strict=True):
+            kinds.append(seen.setdefault((id(o), v is None), len(seen)))
+            plain = w.dtype == g.dtype == dtype and (v is None or v.dtype == dtype)
+            alike.append(plain and not o.adapt)
         small: dict[torch.dtype, list[int]] = {}
         large = []
-        for i, w in enumerate(weights):
+        self._largest: dict[torch.dtype, int] = {}
+        for i, (w, dtype) in enumerate(zip(weights, self.dtypes, strict=True)):
             if w.numel() > LARGEST:
                 large.append(i)
+                self._largest[dtype] = max(self._largest.get(dtype, 0), w.numel())
             else:
-                small.setdefault(dtypes[i], []).append(i)
+                small.setdefault(dtype, []).append(i)
         self.batches: list[Batch] = []
         for dtype, index in small.items():
-            self.batches += batches(index, weights, buffers, kinds, Scratch(dtype))
-        self.windows = windows(large, weights, grads, dtypes, kinds)
-        self._largest: dict[torch.dtype, int] = {}
-        for i in large:
-            self._largest[dtypes[i]] = max(self._largest.get(dtypes[i], 0), weights[i].numel())
+            self.batches += batches(index, weights, buffers, kinds, alike, Scratch(dtype))
+        self.windows = windows(large, weights, grads, self.dtypes, kinds)
 
     def stages(self) -> dict[torch.dtype, Stage]:
         """Of one step: memory in which large tensors of each compute dtype are widened."""
@@ -117,7 +118,7 @@ class _Step:
 
     def note(self, index: Sequence[int], found: Squares) -> None:
         """Store the squared norms of w, g and g + alpha·w, in float64 if they are out of range."""
-        low, high = SQUARES[compute_dtype(self.w[index[0]])]
+        low, high = SQUARES[self.plan.dtypes[index[0]]]
         d = () if math.isnan(found.d[0]) else found.d
         every = (*found.w, *found.g, *d)
         rows = list(zip(*found, strict=True))
@@ -137,7 +138,7 @@ class _Step:
                 self.extreme.add(i)
 
     def _in_range(self, i: int, w: float, g: float, d: float) -> bool:
-        low, high = SQUARES[compute_dtype(self.w[i])]
+        low, high = SQUARES[self.plan.dtypes[i]]
         for square, t in ((w, self.w[i]), (g, self.g[i])):
             # Zeros are common: biases at initialisation, gradients of unused parameters.
             if not low <= square <= high and not (square == 0 and is_zero(t)):
@@ -155,7 +156,7 @@ class _Step:
         norms = [math.sqrt(row[column]) for row in sums]
         first = [self.first[k] for k in index] if o.dampening else ()
         rates = rates_of(w_norms, norms, o, float(o.lr), first, has_buffer)
-        dtype = compute_dtype(self.w[i])
+        dtype = self.plan.dtypes[i]
         low, high = (x * self.scale for x in _FACTORS[dtype])
         top = RANGE[dtype][1]
         if has_buffer and o.momentum == 0:  # the kernel would not store the buffer
@@ -173,37 +174,35 @@ class _Step:
             self.ratios[k] = ratio
         return rates
 
+    def measure_batch(self, batch: Batch, weights: list[Tensor], grads: list[Tensor]) -> bool:
+        """The norms of a batch. Returns whether its D is g + alpha·w by now, instead of g."""
+        batch.load(weights, grads)
+        w, g = batch.squares()
+        alphas = [self.alpha(run.at) for run in batch.runs]
+        decayed = any(alphas) and any(self.o[run.at].denominator == "decayed" for run in batch.runs)
+        d = g
+        if decayed:
+            batch.decay(alphas)
+            d = batch.squares_of_d()
+        elif any(alphas):
+            d = [math.nan] * len(g)
+        self.note(batch.index, Squares(w, g, d))
+        return decayed
+
+    def measure_window(self, window: Window, tensors: Sequence[Large]) -> None:
+        """The norms of a window."""
+        i = window.index[0]
+        exact = self.o[i].denominator == "decayed"
+        stage = self.stages[tensors[0].dtype]
+        self.note(window.index, window.squares(tensors, self.alpha(i), exact, stage))
+
     def tensor(self, i: int, copy: Tensor | None = None) -> Large:
         """Contiguous views of tensor i."""
         v = self.v[i]
         return Large(
             in_order(self.w[i]), in_order(self.g[i]), None if v is None else in_order(v),
-            None if copy is None else in_order(copy), compute_dtype(self.w[i]),
+            None if copy is None else in_order(copy), self.plan.dtypes[i],
         )  # fmt: skip
-
-    def measure_batch(self, batch: Batch) -> None:
-        """For a batch, D = g + alpha·w and its norms, unless norms were passed in."""
-        index = batch.index
-        batch.load([self.w[i] for i in index], [self.g[i] for i in index])
-        alphas = [self.alpha(run.at) for run in batch.runs]
-        if self.measured:
-            batch.decay(alphas)
-            return
-        w, g = batch.squares("W"), batch.squares("D")
-        d = g
-        batch.decay(alphas)
-        if any(alphas):
-            exact = any(self.o[run.at].denominator == "decayed" for run in batch.runs)
-            d = batch.squares("D") if exact else [math.nan] * len(index)
-        self.note(index, Squares(w, g, d))
-
-    def measure_window(self, window: Window, tensors: Sequence[Large]) -> None:
-        """For a window, the norms, unless they were passed in."""
-        if not self.measured:
-            i = window.index[0]
-            exact = self.o[i].denominator == "decayed"
-            stage = self.stages[tensors[0].dtype]
-            self.note(window.index, window.squares(tensors, self.alpha(i), exact, stage))
 
 
 def step_(
@@ -217,11 +216,10 @@ def step_(
         new = [v for v, f in zip(buffers, first, strict=True) if f and v is not None]
         if new:  # may be uninitialised, and torch's kernel is not told that they are new
             torch._foreach_zero_(new)
-    for batch in step.plan.batches:
-        step.measure_batch(batch)
-        _update_batch(step, batch, copies)
-    for window in step.plan.windows:
-        _update_window(step, window, [step.tensor(i, copies[i]) for i in window.index])
+    for batch in plan.batches:
+        _step_batch(step, batch, copies)
+    for window in plan.windows:
+        _step_window(step, window, [step.tensor(i, copies[i]) for i in window.index])
     for i in sorted(step.extreme):
         one = None if sums is None else sums[i : i + 1]
         found = portable.step_(
@@ -232,29 +230,35 @@ def step_(
     return step.sums if sums is None else sums, step.ratios
 
 
-def _update_batch(step: _Step, batch: Batch, copies: Sequence[Tensor | None]) -> None:
-    index = batch.index
-    factors: list[float] = []
-    outs, options, scale = [], [step.o[run.at] for run in batch.runs], step.scale
-    for run, o in zip(batch.runs, options, strict=True):
-        rates = step.rates(index[run.tensors])
-        sign = -1.0 / scale if o.maximize else 1.0 / scale
-        factors += [sign * f for f in rates.factors]
-        outs.append(rates.out)
-        if not o.decay_zero_norm:
-            for k, decay in enumerate(rates.decays, run.tensors.start):
-                if decay != o.weight_decay:
-                    batch.undo_decay(k, step.g[index[k]])
+def _step_batch(step: _Step, batch: Batch, copies: Sequence[Tensor | None]) -> None:
+    index, scale = batch.index, step.scale
+    w, g, v = [step.w[i] for i in index], [step.g[i] for i in index], [step.v[i] for i in index]
+    decayed = not step.measured and step.measure_batch(batch, w, g)
+    rates = [step.rates(index[run.tensors]) for run in batch.runs]
     left = {k for k, i in enumerate(index) if i in step.extreme} if step.extreme else set()
-    if len(left) < len(index):
-        batch.update(
-            [step.w[i] for i in index], [step.v[i] for i in index], [copies[i] for i in index],
-            options, outs, factors, left,
-        )  # fmt: skip
+    if len(left) == len(index):
+        return
+    c, options = [copies[i] for i in index], [step.o[run.at] for run in batch.runs]
+    if batch.alike and batch.update_in_place(w, g, v, c, options, rates, scale, left):
+        return
+    if step.measured:
+        batch.load(w, g)
+    if not decayed:
+        batch.decay([step.alpha(run.at) for run in batch.runs])
+    factors = []
+    for run, o, own in zip(batch.runs, options, rates, strict=True):
+        sign = (-1.0 if o.maximize else 1.0) / scale
+        factors += [sign * factor for factor in own.factors]
+        if not o.decay_zero_norm:
+            for k, decay in enumerate(own.decays, run.tensors.start):
+                if decay != o.weight_decay:
+                    batch.undo_decay(k, g[k])
+    batch.update(w, v, c, options, [own.out for own in rates], factors, left)
 
 
-def _update_window(step: _Step, window: Window, tensors: Sequence[Large]) -> None:
-    step.measure_window(window, tensors)
+def _step_window(step: _Step, window: Window, tensors: Sequence[Large]) -> None:
+    if not step.measured:
+        step.measure_window(window, tensors)
     rates, o = step.rates(window.index), step.o[window.index[0]]
     stage = step.stages[tensors[0].dtype]
     window.update(tensors, rates, o, step.scale, step.extreme, stage)
@@ -267,8 +271,9 @@ def square_sums_of(
     """`reference.square_sums`, one row per tensor. `plan`: for tensors without buffers."""
     n = len(weights)
     step = _Step(weights, grads, [None] * n, options, [False] * n, scale, None, plan)
-    for batch in step.plan.batches:
-        step.measure_batch(batch)
-    for window in step.plan.windows:
+    for batch in plan.batches:
+        some = batch.index
+        step.measure_batch(batch, [weights[i] for i in some], [grads[i] for i in some])
+    for window in plan.windows:
         step.measure_window(window, [step.tensor(i) for i in window.index])
     return torch.tensor(step.sums, dtype=torch.float64, device="cpu")

@@ -1,6 +1,6 @@
-"""Large tensors on a CPU: norms, immediately followed by the update.
+"""Large tensors on a CPU: the norms of a window of them, followed by its updates.
 
-What the kernel cannot express or store is widened block by block into scratch memory (`_staged`).
+What the kernel cannot express or store is widened block by block into scratch memory (`Stage`).
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from .square_norms import (
     piece_norms,
 )
 
-WINDOW = 1 << 22  # elements of w and g that a large cache still holds in part
-# 1 − (1 − factor) is off by at most 2^-54: from here up, 2 ulp of float64, 1/4 ulp of float32.
-LEAST_FACTOR = {torch.float32: 2.0**-28, torch.float64: 2.0**-3}
+# A change from norms to updates costs the host 0.1 ms, since data has driven its code out of the
+# caches: more than a short window saves by finding w and g there again.
+WINDOW = 1 << 25  # elements
+TABLE = 1 << 19  # numbers: a row for each w and g, as long as the most pieces of one
 
 
 class Large(NamedTuple):
@@ -67,10 +68,7 @@ class Window:
         """Prepare for tensors like these. `plain`: none needs to be widened."""
         self.index, self._plain = index, plain
         self._dims = [own_pieces(w) for w in weights]
-        counts = [
-            len(w) if dims else piece_count(w.numel())
-            for w, dims in zip(weights, self._dims, strict=True)
-        ]
+        counts = [_pieces(w) for w in weights]
         if plain:
             # Written in later steps, which may run outside of inference mode.
             with torch.inference_mode(False), torch.no_grad():
@@ -120,8 +118,8 @@ class Window:
             if i in left:
                 continue
             factor /= scale
-            if self._plain and t.kernel_fits(o) and expressible(factor, t.dtype):
-                _update(t, factor, decay * scale, rates.out, o)
+            if self._plain and t.kernel_fits(o) and sgd_kernel.expressible(factor, t.dtype):
+                sgd_kernel.update([t.w], [t.g], [t.v], factor, decay * scale, rates.out, o)
             else:
                 _update_in_stages(t, factor, decay * scale, rates.out, o, stage)
 
@@ -134,20 +132,38 @@ def windows(
 
     `dtypes`: in which each is computed. `kinds`: only tensors of equal kind share a window.
     """
-    groups: dict[tuple[int, torch.dtype, bool], list[list[int]]] = {}
+    found: dict[tuple[int, torch.dtype, bool], list[_Filling]] = {}
     for i in index:
-        plain = weights[i].dtype == grads[i].dtype == dtypes[i]
-        same = groups.setdefault((kinds[i], dtypes[i], plain), [[]])
-        full = sum(weights[k].numel() for k in (*same[-1], i)) > WINDOW
+        w, plain = weights[i], weights[i].dtype == grads[i].dtype == dtypes[i]
+        same = found.setdefault((kinds[i], dtypes[i], plain), [])
         # What is widened goes alone: its last block is then still there for the update.
-        if same[-1] and (full or not plain):
-            same.append([])
-        same[-1].append(i)
+        if not (same and plain and same[-1].take(i, w)):
+            same.append(_Filling(i, w))
     return [
-        Window(window, [weights[i] for i in window], dtype, plain)
-        for (_, dtype, plain), found in groups.items()
-        for window in found
+        Window(each.index, [weights[i] for i in each.index], dtype, plain)
+        for (_, dtype, plain), same in found.items()
+        for each in same
     ]
+
+
+class _Filling:
+    """A window to which tensors are added."""
+
+    def __init__(self, i: int, w: Tensor):
+        self.index, self._elements, self._most = [i], w.numel(), _pieces(w)
+
+    def take(self, i: int, w: Tensor) -> bool:
+        """Add one more, if it fits."""
+        elements, most = self._elements + w.numel(), max(self._most, _pieces(w))
+        if elements > WINDOW or 2 * (len(self.index) + 1) * most > TABLE:
+            return False
+        self.index.append(i)
+        self._elements, self._most = elements, most
+        return True
+
+
+def _pieces(t: Tensor) -> int:
+    return len(t) if own_pieces(t) else piece_count(t.numel())
 
 
 class Stage:
@@ -203,32 +219,12 @@ def _squares_in_stages(
     return w2, g2, d2 if exact else math.nan if alpha else g2
 
 
-def expressible(factor: float, dtype: torch.dtype) -> bool:
-    """Whether the kernel can have the factor as its 1 − dampening."""
-    return factor == 0 or factor >= LEAST_FACTOR[dtype]
-
-
-def _update(t: Large, factor: float, alpha: float, out: float, o: Options) -> None:
-    """v ← μv + factor·(±g + alpha·w), w ← w − out·v."""
-    if t.v is None or not o.momentum:
-        # Without a buffer the kernel has no dampening, so the factor goes into its lr.
-        sgd_kernel.run(
-            [t.w], [t.g], [], keep=1.0, decay=alpha, momentum=0.0, lr=out * factor,
-            maximize=o.maximize,
-        )  # fmt: skip
-    else:
-        sgd_kernel.run(
-            [t.w], [t.g], [t.v], keep=factor, decay=alpha, momentum=o.momentum, lr=out,
-            maximize=o.maximize,
-        )  # fmt: skip
-
-
 def _update_in_stages(
     t: Large, factor: float, alpha: float, out: float, o: Options, stage: Stage
 ) -> None:
-    """The same for what `_update` cannot express or store, with `nesterov` and `copy`."""
+    """Update what the kernel cannot express or store: nesterov, a copy, other dtypes."""
     held = t.v if o.momentum else None
-    fold = held is not None and not o.nesterov and expressible(factor, t.dtype)
+    fold = held is not None and not o.nesterov and sgd_kernel.expressible(factor, t.dtype)
     sign = -1.0 if o.maximize else 1.0
     v_stage = None
     if held is not None and held.dtype != t.dtype:

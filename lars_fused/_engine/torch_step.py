@@ -60,8 +60,8 @@ def divide(
 class Prepared(NamedTuple):
     """What steps of tensors like some that were shown can share. Holds none of the tensors.
 
-    It serves as long as shapes, strides, dtypes, devices and `foreach.expressible` stay the same,
-    and tensors that share an `Options` object go on sharing one.
+    It serves as long as shapes, strides, dtypes, devices, `adapt` and `foreach.expressible` stay
+    the same, and tensors that share an `Options` object go on sharing one.
     """
 
     division: Division

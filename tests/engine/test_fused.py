@@ -9,6 +9,7 @@ from bench.cases import Case, model_case, sweep_case
 from lars_fused import LARS
 from lars_fused._engine import (
     fused,
+    large_tensor,
     portable,
     sgd_kernel,
     small_batch,
@@ -27,6 +28,7 @@ pytestmark = pytest.mark.cpu
 @pytest.fixture
 def calls(monkeypatch):
     """Every call of the SGD kernel: its tensors and options."""
+    assert sgd_kernel.trusted(F32)  # tried by now, not among the calls
     made, real = [], sgd_kernel.run
 
     def record(weights, grads, buffers, **options):
@@ -88,8 +90,6 @@ def test_the_kernel_is_tried_before_it_is_trusted(monkeypatch):
 
 def test_layouts_that_the_kernel_would_walk_wrongly_do_not_reach_it(calls):
     column, wide = torch.randn(3, 40, 2)[..., 0], torch.randn(8, 10)
-    assert sgd_kernel.trusted(F32)
-    del calls[:]
     for w, g, v in (
         column.unbind(),  # strided alike: the sibling column would be written
         (wide, torch.randn(10, 8).t(), torch.zeros(8, 10)),  # other strides: wrong numbers
@@ -163,6 +163,20 @@ def test_padding_does_not_carry_a_nan_over():
     assert all(bool(t.isfinite().all()) for t in (*w, *v))
 
 
+def test_padding_does_not_carry_over_to_another_batch():
+    """Batches share one scratch memory; the last row of a tensor is padded with zeros."""
+    shapes = [(4000,)] * 30 + [(3,), (5,), (17,), (33,), (65,), (513,)]
+    w, g, v = lists(shapes)
+    o = Options(**TERMS)
+    prepared = prepare(w, g, v, o)
+    assert len(prepared.plans["fused"].batches) > 2
+    for _ in range(2):
+        n = len(w)
+        _, _, (true_sums, _) = truth_of(w, g, v, [None] * n, [o] * n, [False] * n)
+        sums, _ = step(w, g, v, o, prepared=prepared).tables()
+        torch.testing.assert_close(sums[:, :2], true_sums[:, :2], rtol=1e-6, atol=0)
+
+
 def test_many_small_tensors_are_few_calls(calls):
     w, g, v = lists([(18, 17)] * 32)
     o = Options(**TERMS)
@@ -172,6 +186,48 @@ def test_many_small_tensors_are_few_calls(calls):
     del calls[:]
     step(w, g, v, o)
     assert len(calls) <= 4
+
+
+@pytest.mark.parametrize(
+    ("options", "in_place"),
+    [({}, True), ({"maximize": True}, True), ({"dampening": 0.5}, True), ({"momentum": 0.0}, True),
+     ({"nesterov": True}, False), ({"lr": 1e-12}, False)],
+    ids=str,
+)  # fmt: skip
+def test_tensors_that_are_not_adapted_are_updated_where_they_are(calls, options, in_place):
+    """Biases and normalisation weights: one call for a group, except where only rows will do."""
+    shapes = [(64,), (2048,), (7,), (1000,), (4096,)]
+    w, g, v = lists(shapes)
+    o = Options(**TERMS | {"adapt": False, "weight_decay": 0.1, **options})
+    v = v if o.momentum else [None] * len(v)
+    none = [None] * len(w)
+    true_w, true_v, (true_sums, _) = truth_of(w, g, v, none, [o] * len(w), [False] * len(w))
+    old, before = clones(w), bits(g)
+    sums, ratios = step(w, g, v, o).tables()
+    check(w, true_w, old)
+    if o.momentum:
+        check(v, true_v, old)
+    torch.testing.assert_close(sums[:, :2], true_sums[:, :2], rtol=1e-6, atol=0)
+    assert ratios.tolist() == [1.0] * len(w)
+    assert bits(g) == before
+    assert len(calls) == 1
+    weights, grads, *_ = calls[0]
+    assert {t.data_ptr() for t in weights} == {t.data_ptr() for t in w}
+    assert ({t.data_ptr() for t in grads} == {t.data_ptr() for t in g}) is in_place
+
+
+def test_first_and_later_steps_of_one_group_with_dampening(calls):
+    """Those that start take their whole gradient: a call of their own."""
+    w, g, v = lists([(64,), (2048,), (7,)])
+    o, first = Options(**TERMS | {"adapt": False, "dampening": 0.5}), [True, False, True]
+    for t, new in zip(v, first, strict=True):
+        t.mul_(not new)
+    true_w, true_v, _ = truth_of(w, g, v, [None] * 3, [o] * 3, first)
+    old = clones(w)
+    step(w, g, v, o, first)
+    check(w, true_w, old)
+    check(v, true_v, old)
+    assert sorted(len(weights) for weights, *_ in calls) == [1, 2]
 
 
 def test_bitwise_the_same_again_and_prepared():
@@ -241,7 +297,7 @@ LARGE = Case("large", "fp32", [(str(i), (1024, 1024)) for i in range(4)])
 
 @pytest.mark.parametrize(
     ("case", "per_element", "operations"),
-    [(sweep_case(10_000), 75.0, 8), (LARGE, 20.1, 14)],
+    [(sweep_case(10_000), 75.0, 7), (LARGE, 20.1, 14)],
     ids=["small", "large"],
 )
 def test_a_step_passes_over_memory_twice(case, per_element, operations):
@@ -294,6 +350,24 @@ def test_what_is_kept_between_steps_is_small():
     plan = prepare(w, g, v, Options(**TERMS)).plans["fused"]
     kept = sum(window._table.numel() for window in plan.windows)
     assert 0 < kept <= 2 * 3 * (300_000 // 1000)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "tensors"),
+    [([(300, 1000)] * 40, [40]),  # one window
+     ([(3000, 5000)] * 5, [2, 2, 1]),  # 2^25 elements at the most
+     ([(100_000, 256), (300, 1000), (300, 1000), (300, 1000)], [2, 2])],  # 2^19 norms at the most
+    ids=["all", "elements", "norms"],
+)  # fmt: skip
+def test_windows_of_large_tensors(shapes, tensors):
+    plan = fused.Plan(
+        *([torch.empty(shape) for shape in shapes] for _ in range(3)),
+        [Options(**TERMS)] * len(shapes),
+    )  # fmt: skip
+    assert [len(window.index) for window in plan.windows] == tensors
+    assert [i for window in plan.windows for i in window.index] == list(range(len(shapes)))
+    numel = sum(window._table.numel() for window in plan.windows)
+    assert numel <= large_tensor.TABLE * len(plan.windows)
 
 
 @pytest.mark.parametrize("n", [1, STAGE, STAGE + 1, 262_144, 1_000_003])
