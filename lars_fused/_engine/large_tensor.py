@@ -18,6 +18,7 @@ from . import sgd_kernel
 from .rates import Rates
 from .square_norms import (
     STAGE,
+    block_sizes,
     blocks,
     joined,
     joint_square,
@@ -63,18 +64,20 @@ class Window:
     """
 
     def __init__(
-        self, index: list[int], weights: Sequence[Tensor], dtype: torch.dtype, plain: bool
-    ):
+        self, index: list[int], weights: Sequence[Tensor], grads: Sequence[Tensor],
+        dtype: torch.dtype, plain: bool,
+    ):  # fmt: skip
         """Prepare for tensors like these. `plain`: none needs to be widened."""
         self.index, self._plain = index, plain
-        self._dims = [own_pieces(w) for w in weights]
-        counts = [_pieces(w) for w in weights]
-        if plain:
-            # Written in later steps, which may run outside of inference mode.
-            with torch.inference_mode(False), torch.no_grad():
-                self._table = torch.zeros(2 * len(index), max(counts), dtype=dtype, device="cpu")
-            rows = [row[: counts[k // 2]] for k, row in enumerate(self._table)]
-            self._rows = list(zip(rows[::2], rows[1::2], strict=True))
+        self._dims = [own_pieces(w) if plain else () for w in weights]
+        counts = []
+        for w, g in zip(weights, grads, strict=True):
+            counts += _pieces(w, g, dtype)
+        # Written in later steps, which may run outside of inference mode.
+        with torch.inference_mode(False), torch.no_grad():
+            self._table = torch.zeros(len(counts), max(counts), dtype=dtype, device="cpu")
+        rows = [row[:count] for row, count in zip(self._table, counts, strict=True)]
+        self._rows = list(zip(rows[::2], rows[1::2], strict=True))
 
     def squares(self, tensors: Sequence[Large], alpha: float, exact: bool, stage: Stage) -> Squares:
         """The squared norms of its tensors.
@@ -83,18 +86,18 @@ class Window:
             tensors: in the order of `index`.
             alpha: the multiple of w that is added to g.
             exact: whether N(g + alpha·w) is needed.
-            stage: for what must be widened; `update` takes the same one.
+            stage: for what must be widened.
         """
-        if not self._plain or (exact and alpha):
-            each = [_squares_in_stages(t, alpha, exact, stage) for t in tensors]
+        if exact and alpha:
+            each = [_squares_in_stages(t, alpha, stage) for t in tensors]
             return Squares(*map(list, zip(*each, strict=True)))
         for t, dims, (w, g) in zip(tensors, self._dims, self._rows, strict=True):
             if dims:
                 norm(t.w, 2, dims, out=w)
                 norm(t.g, 2, dims, out=g)
             else:
-                piece_norms(t.w, w)
-                piece_norms(t.g, g)
+                _norms(t.w, w, stage)
+                _norms(t.g, g, stage)
         found = joined(self._table)
         w, g = found[::2], found[1::2]
         return Squares(w, g, [math.nan] * len(tensors) if alpha else g)
@@ -111,7 +114,7 @@ class Window:
             o: their options.
             scale: the loss scale.
             left: indices that are not updated.
-            stage: the one that `squares` was given.
+            stage: for what must be widened.
         """
         each = list(zip(self.index, tensors, rates.factors, rates.decays, strict=True))
         for i, t, factor, decay in reversed(each):
@@ -134,89 +137,103 @@ def windows(
     """
     found: dict[tuple[int, torch.dtype, bool], list[_Filling]] = {}
     for i in index:
-        w, plain = weights[i], weights[i].dtype == grads[i].dtype == dtypes[i]
-        same = found.setdefault((kinds[i], dtypes[i], plain), [])
-        # What is widened goes alone: its last block is then still there for the update.
-        if not (same and plain and same[-1].take(i, w)):
-            same.append(_Filling(i, w))
+        w, g, dtype = weights[i], grads[i], dtypes[i]
+        plain = w.dtype == g.dtype == dtype
+        same = found.setdefault((kinds[i], dtype, plain), [_Filling()])
+        most = max(_pieces(w, g, dtype))
+        if not same[-1].take(i, w.numel(), most):
+            same.append(_Filling())
+            same[-1].take(i, w.numel(), most)
     return [
-        Window(each.index, [weights[i] for i in each.index], dtype, plain)
+        Window(
+            each.index, [weights[i] for i in each.index], [grads[i] for i in each.index], dtype,
+            plain,
+        )
         for (_, dtype, plain), same in found.items()
         for each in same
-    ]
+    ]  # fmt: skip
 
 
 class _Filling:
     """A window to which tensors are added."""
 
-    def __init__(self, i: int, w: Tensor):
-        self.index, self._elements, self._most = [i], w.numel(), _pieces(w)
+    def __init__(self) -> None:
+        self.index: list[int] = []
+        self._elements = self._most = 0
 
-    def take(self, i: int, w: Tensor) -> bool:
-        """Add one more, if it fits."""
-        elements, most = self._elements + w.numel(), max(self._most, _pieces(w))
-        if elements > WINDOW or 2 * (len(self.index) + 1) * most > TABLE:
+    def take(self, i: int, elements: int, pieces: int) -> bool:
+        """Add one more, if it fits; the first one always does."""
+        elements, most = self._elements + elements, max(self._most, pieces)
+        if self.index and (elements > WINDOW or 2 * (len(self.index) + 1) * most > TABLE):
             return False
         self.index.append(i)
         self._elements, self._most = elements, most
         return True
 
 
-def _pieces(t: Tensor) -> int:
-    return len(t) if own_pieces(t) else piece_count(t.numel())
+def _pieces(w: Tensor, g: Tensor, dtype: torch.dtype) -> list[int]:
+    """How many norms `Window.squares` takes of a tensor, and of its gradient."""
+    if w.dtype == g.dtype == dtype and own_pieces(w):
+        return [len(w)] * 2
+    n = w.numel()
+    widened = sum(map(piece_count, block_sizes(n, 2 * STAGE)))
+    return [piece_count(n) if t.dtype == dtype else widened for t in (w, g)]
 
 
 class Stage:
-    """Memory in which one block of w and g is widened; made when needed, for one step.
+    """Memory in which blocks are widened: one of 2·STAGE elements, or two of STAGE.
 
-    largest: no tensor has more elements.
+    Made when needed, for one step. largest: no tensor has more elements.
     """
 
     def __init__(self, dtype: torch.dtype, largest: int) -> None:
         self._size, self._dtype = min(STAGE, largest), dtype
         self._memory: Tensor | None = None
-        self._views: dict[int, tuple[Tensor, Tensor]] = {}
-        self._held = 0  # the address of the block of w that is widened
+        # Blocks have few sizes, and making a view costs as much as half a conversion.
+        self._ones: dict[int, Tensor] = {}
+        self._pairs: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def widened(self, w: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        """Blocks in the compute dtype: themselves, or what the memory holds or now receives."""
-        first, second = self.pair(w.numel())
-        known, self._held = self._held == w.data_ptr(), w.data_ptr()
-        if w.dtype != self._dtype:
-            w = first if known else first.copy_(w)
-        if g.dtype != self._dtype:
-            g = second if known else second.copy_(g)
-        return w, g
+    def one(self, size: int) -> Tensor:
+        """Memory for one block."""
+        if self._memory is None:
+            self._memory = torch.empty(2 * self._size, dtype=self._dtype, device="cpu")
+        if size not in self._ones:
+            self._ones[size] = self._memory[:size]
+        return self._ones[size]
 
     def pair(self, size: int) -> tuple[Tensor, Tensor]:
         """Memory for two blocks of this size."""
-        if self._memory is None:
-            self._memory = torch.empty(2 * self._size, dtype=self._dtype, device="cpu")
-        if size not in self._views:  # of whole blocks, and of each tensor's last
-            self._views[size] = self._memory[:size], self._memory[size : 2 * size]
-        return self._views[size]
-
-    def spend(self, size: int) -> tuple[Tensor, Tensor]:
-        """The same, to be written to."""
-        self._held = 0
-        return self.pair(size)
+        if size not in self._pairs:
+            both = self.one(2 * size)
+            self._pairs[size] = both[:size], both[size:]
+        return self._pairs[size]
 
 
-def _squares_in_stages(
-    t: Large, alpha: float, exact: bool, stage: Stage
-) -> tuple[float, float, float]:
-    """N(w)², N(g)², and if `exact`, N(g + alpha·w)². Leaves the last block in the stage."""
+def _norms(x: Tensor, out: Tensor, stage: Stage) -> None:
+    """The norms of the pieces of x."""
+    if x.dtype == out.dtype:
+        piece_norms(x, out)
+        return
+    at = 0
+    for block in blocks(x, 2 * STAGE):
+        count = piece_count(block.numel())
+        piece_norms(stage.one(block.numel()).copy_(block), out[at : at + count])
+        at += count
+
+
+def _squares_in_stages(t: Large, alpha: float, stage: Stage) -> tuple[float, float, float]:
+    """N(w)², N(g)² and N(g + alpha·w)²."""
     parts: tuple[list[float], ...] = [], [], []
-    for block in zip(blocks(t.w, STAGE), blocks(t.g, STAGE), strict=True):
-        w, g = stage.widened(*block)
+    for w, g in zip(blocks(t.w, STAGE), blocks(t.g, STAGE), strict=True):
+        first, second = stage.pair(w.numel())
+        wide_w = w if w.dtype == t.dtype else first.copy_(w)
+        wide_g = g if g.dtype == t.dtype else second.copy_(g)
         # One by one: each core then finds what it has just widened in its own cache.
-        parts[0].extend(piece_norms(w).tolist())
-        parts[1].extend(piece_norms(g).tolist())
-        if exact:
-            d = torch.add(g, w, alpha=alpha, out=stage.spend(w.numel())[1])
-            parts[2].extend(piece_norms(d).tolist())
+        parts[0].extend(piece_norms(wide_w).tolist())
+        parts[1].extend(piece_norms(wide_g).tolist())
+        parts[2].extend(piece_norms(torch.add(wide_g, wide_w, alpha=alpha, out=second)).tolist())
     w2, g2, d2 = map(joint_square, parts)
-    return w2, g2, d2 if exact else math.nan if alpha else g2
+    return w2, g2, d2
 
 
 def _update_in_stages(
@@ -230,11 +247,12 @@ def _update_in_stages(
     if held is not None and held.dtype != t.dtype:
         v_stage = torch.empty(min(STAGE, held.numel()), dtype=t.dtype, device="cpu")
     lists = [[None] if x is None else blocks(x, STAGE) for x in (t.w, t.g, held, t.copy)]
-    for w, g, v, copy in reversed([*zip_longest(*lists)]):
+    for w, g, v, copy in zip_longest(*lists):
         assert w is not None
         assert g is not None
-        wide_w, d = stage.widened(w, g)
-        _, second = stage.spend(w.numel())
+        first, second = stage.pair(w.numel())
+        wide_w = w if w.dtype == t.dtype else first.copy_(w)
+        d = g if g.dtype == t.dtype else second.copy_(g)
         wide_v = v if v is None or v_stage is None else v_stage[: v.numel()].copy_(v)
         if not fold:
             if alpha:

@@ -151,21 +151,14 @@ class Batch:
 
     def decay(self, alphas: list[float]) -> None:
         """D ← D + alpha·W, one alpha per run."""
+        _, w, d = self._matrices
         if len(set(alphas)) == 1:
-            self._decay(self._matrices.d, self._matrices.w, alphas[0])
+            if alphas[0]:
+                d.add_(w, alpha=alphas[0])
             return
         for run, alpha in zip(self.runs, alphas, strict=True):
-            self._decay(self._matrices.d[run.rows], self._matrices.w[run.rows], alpha)
-
-    def _decay(self, d: Tensor, w: Tensor, alpha: float) -> None:
-        if not alpha:
-            return
-        # An FMA rounds once, so d is accurate to an ulp even if g and βw cancel; but β would be
-        # rounded first, and cancellation exposes that.
-        rounded = _floats(d.dtype, [alpha])[0]
-        d.add_(w, alpha=rounded)
-        if alpha != rounded:
-            d.add_(w, alpha=alpha - rounded)
+            if alpha:
+                d[run.rows].add_(w[run.rows], alpha=alpha)
 
     def squares(self) -> tuple[list[float], list[float]]:
         """The squared norms of each tensor in W, and in D."""

@@ -119,17 +119,23 @@ def _piece_norms_of(t: Tensor) -> Tensor:
     return torch.cat([piece_norms(stage[: b.numel()].copy_(b)) for b in blocks(x, STAGE)])
 
 
-def blocks(t: Tensor, size: int) -> list[Tensor]:
-    """The elements of a dense tensor in memory order, as 1-d views of at most `size`.
+@functools.lru_cache(maxsize=4096)
+def block_sizes(n: int, size: int) -> tuple[int, ...]:
+    """How `blocks` divides n elements.
 
     As few as possible, of equal size up to a piece: a short last one would cost as many calls.
     """
-    n = t.numel()
-    if n <= size:
-        return [flat(t)]
-    each = -(-n // -(-n // size) // PIECE) * PIECE
+    each = -(-n // -(-n // size) // PIECE) * PIECE if n > size else n
+    return (each,) * (n // each) + ((n % each,) if n % each else ()) if n else ()
+
+
+def blocks(t: Tensor, size: int) -> Sequence[Tensor]:
+    """The elements of a dense tensor in memory order, as 1-d views of at most `size`."""
+    if t.numel() <= size:
+        return (flat(t),)
     # Tensor.split costs three times as much.
-    return list(flat(t).split_with_sizes([each] * (n // each) + ([n % each] if n % each else [])))
+    found: Sequence[Tensor] = flat(t).split_with_sizes(block_sizes(t.numel(), size))
+    return found
 
 
 def is_zero(t: Tensor) -> bool:

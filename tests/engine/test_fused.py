@@ -16,7 +16,7 @@ from lars_fused._engine import (
     square_norms,
     torch_step,
 )
-from lars_fused._engine.large_tensor import STAGE, Stage
+from lars_fused._engine.large_tensor import STAGE
 from lars_fused.reference import Options
 from tests.cases import TERMS, bits
 from tests.engine.test_torch_step import BF16, F16, F32, F64, SHAPES, check, clones, lists, truth_of
@@ -380,18 +380,6 @@ def test_blocks_are_few_and_equal(n):
     assert len(sizes) == -(-n // STAGE)
     assert max(sizes) <= STAGE
     assert max(sizes) - min(sizes) <= len(sizes) * square_norms.PIECE
-
-
-def test_the_block_that_was_widened_last_is_not_widened_again():
-    w, g = (torch.ones(100, dtype=BF16) for _ in range(2))
-    stage = Stage(F32, 100)
-    stage.widened(w, g)
-    w.fill_(2)
-    assert [t.unique().tolist() for t in stage.widened(w, g)] == [[1], [1]]
-    stage.spend(100)
-    assert [t.unique().tolist() for t in stage.widened(w, g)] == [[2], [1]]
-    wide = g.float()
-    assert stage.widened(w, wide)[1] is wide
 
 
 def test_a_group_whose_tensors_are_all_left_to_the_reference():
