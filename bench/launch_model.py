@@ -12,6 +12,7 @@ queue for the issue slots of their multiprocessor. Times rank designs; bytes com
 from __future__ import annotations
 
 import heapq
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -94,6 +95,20 @@ def simulate(
     return launch.run()
 
 
+def simulate_dynamic(
+    plan: Plan, numels: Sequence[int], gpu: Gpu, *, chunk: int, block: int, per_sm: int,
+    evict_first: bool = True, timing: Timing = NOW,
+) -> Traffic:  # fmt: skip
+    """The same items from two queues: an update if its ratio is published, else a norm.
+
+    Not a kernel: an order that was considered (`tests/kernels/ticket_model.py` has its protocol).
+    Drawing is taken to cost nothing, so that the time is the least that it could reach.
+    """
+    sizes = 4, 4, 4
+    return _Dynamic(plan, numels, gpu, chunk, block, per_sm, 128, evict_first, sizes, timing).run()
+
+
+Item = tuple[int, int, int]
 Wait = tuple[str, int]  # ("ratio", tensor)
 
 
@@ -197,11 +212,15 @@ class _Launch:
         steps = -(-n // (self.threads * self.timing.tail_turns))
         return (steps - 1) * self.timing.l2 * self.us
 
+    def _drawn(self) -> Iterator[Item]:
+        """What a program draws, one item after the other."""
+        return self.items
+
     def _program(self, number: int) -> Iterator[float | Wait]:
         t, us, sm = self.timing, self.us, number % self.gpu.multiprocessors
         now = yield 0.0
         now = yield now + t.start * us
-        for kind, tensor, index in self.items:
+        for kind, tensor, index in self._drawn():
             blocks = self._blocks(tensor, index)
             if kind & NORM:
                 now = yield now + t.norm_first * us
@@ -244,6 +263,22 @@ class _Launch:
             now = yield there
             now = yield self._compute(now, sm, t.update_block, n)
         return (yield now + t.update_end * us)
+
+
+class _Dynamic(_Launch):
+    """A launch with two queues, each in the order of the list."""
+
+    def run(self) -> Traffic:
+        items = list(self.items)
+        self.norms = deque(item for item in items if item[0] != UPDATE)
+        self.updates = deque(item for item in items if item[0] == UPDATE)
+        return super().run()
+
+    def _drawn(self) -> Iterator[Item]:
+        while self.norms or self.updates:
+            ready = self.updates and self.published[self.updates[0][1]]
+            # Behind the last norm there is nothing but to wait for a ratio, which others will send.
+            yield (self.updates if ready or not self.norms else self.norms).popleft()
 
 
 class _Resident(_Launch):
@@ -303,7 +338,7 @@ class _Resident(_Launch):
                     now = yield now + t.held_after * self.cycle_us
         yield now
 
-    def _read(self, now: float, item: tuple[int, int, int], operands: str) -> float:
+    def _read(self, now: float, item: Item, operands: str) -> float:
         """Send for operands of an item's chunk: when they are there."""
         ((key, n),) = self._blocks(*item[1:])
         return self._move(now, key, n, operands, "")

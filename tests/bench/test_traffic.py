@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from bench.cache_model import GPUS, Cache, Gpu
-from bench.launch_model import BEFORE, NOW, simulate
+from bench.launch_model import BEFORE, NOW, simulate, simulate_dynamic
 from bench.models import MODELS
-from bench.traffic import RESULTS, Choice, main, planned, predict, quality
+from bench.traffic import RESULTS, Choice, main, planned, predict, quality, sizes_of
 from lars_fused._engine.plan import Plan, make_plan
 from lars_fused.kernels.layout import BOTH, NORM, UPDATE, pack_item
 
@@ -215,3 +215,23 @@ def test_table_says_that_it_is_a_prediction(tmp_path, capsys):
     assert [(row["model"], row["gpu"]) for row in rows] == [("GoogLeNet", "A100")] * 2
     assert 20 <= float(rows[0]["bytes_per_parameter"]) <= 28
     assert "PREDICTION" in capsys.readouterr().out
+
+
+def test_two_queues_by_hand_and_no_better_than_one():
+    """Order "dynamic", with draws for nothing: the prediction for which no kernel was built."""
+    # One program: as soon as tensor 0 is summed its updates go before the norms of tensor 1.
+    items = [(NORM, 0, 0), (NORM, 0, 1), (NORM, 1, 0), (NORM, 1, 1)]
+    items += [(UPDATE, t, c) for t in (0, 1) for c in (1, 0)]
+    gpu = Gpu("made up", 0, 1, 4.3, 9.7, 4 * CHUNK * 8)
+    numels, sizes = [2 * CHUNK] * 2, {"chunk": CHUNK, "block": 2048, "per_sm": 1}
+    one = simulate(plan_by_hand(items), numels, gpu, evict_first=False, **sizes)
+    two = simulate_dynamic(plan_by_hand(items), numels, gpu, evict_first=False, **sizes)
+    assert two.read < one.read
+    assert two.written == one.written
+    choice, h200 = Choice(), GPUS["H200"]
+    numels = sizes_of("ResNet-50")[0]
+    found = simulate_dynamic(
+        planned("ResNet-50", h200, choice), numels, h200, chunk=choice.chunk, block=choice.block,
+        per_sm=choice.per_sm,
+    )  # fmt: skip
+    assert found.us > 0.99 * predict("ResNet-50", h200, choice).us

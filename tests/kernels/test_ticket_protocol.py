@@ -8,7 +8,16 @@ import pytest
 
 from lars_fused._engine.plan import make_plan, unpack_items
 from lars_fused.kernels.layout import NORM, UPDATE
-from tests.kernels.ticket_model import Deadlock, Item, Protocol, State, Step, Violation, run_step
+from tests.kernels.ticket_model import (
+    Deadlock,
+    Item,
+    Protocol,
+    State,
+    Step,
+    TwoQueues,
+    Violation,
+    run_step,
+)
 
 pytestmark = pytest.mark.cpu
 
@@ -52,6 +61,12 @@ def test_no_deadlock_and_every_item_once(prefetch):
         run_steps(seed, Protocol(prefetch=prefetch))
 
 
+def test_two_queues_neither_deadlock_nor_lose_an_item():
+    """The order that no kernel has: whoever builds it has its protocol here."""
+    for seed in range(3000):
+        run_steps(seed, TwoQueues())
+
+
 def test_full_residency_and_more_programs_than_items():
     items = [(NORM, 0, 0), (NORM, 0, 1), (UPDATE, 0, 1), (UPDATE, 0, 0)]
     for seed in range(200):
@@ -85,8 +100,20 @@ def test_one_program_does_everything():
         ({"protocol": Protocol(tickets=False)}, Deadlock),
         ({"protocol": Protocol(reset_arrivals=False)}, Violation),
         ({"protocol": Protocol(last_ticket_resets=False)}, Violation),
+        ({"protocol": TwoQueues(wait_last=False)}, Deadlock),
+        ({"protocol": TwoQueues(check_epoch=False)}, Violation),
+        ({"protocol": TwoQueues(last_ticket_resets=False)}, Violation),
     ],
-    ids=["updates before norms", "no epoch", "static items", "arrivals kept", "counter kept"],
+    ids=[
+        "updates before norms",
+        "no epoch",
+        "static items",
+        "arrivals kept",
+        "counter kept",
+        "two queues, waiting before the last norm",
+        "two queues, no epoch",
+        "two queues, tickets kept",
+    ],
 )
 def test_a_broken_protocol_is_caught(broken, caught):
     """Each rule is needed: without it some interleaving goes wrong in the way that it must."""

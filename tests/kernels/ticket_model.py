@@ -34,12 +34,26 @@ class Protocol:
     last_ticket_resets: bool = True
 
 
+@dataclass(frozen=True)
+class TwoQueues(Protocol):
+    """Order "dynamic": norms and updates in queues of their own, their tickets in one word.
+
+    A program takes the next update if its ratio is published, else the next norm; it waits only
+    where every norm has been taken. It takes by compare and swap: by adding it could get a later
+    update, and wait for that while there are norms.
+    """
+
+    wait_last: bool = True  # False: it waits for the next update while there are norms
+
+
 @dataclass
 class State:
     """What lies in device memory from one step to the next."""
 
     tensors: int
     counter: int = 1 << 32  # epoch << 32 | next ticket
+    tickets: tuple[int, int] = (0, 0)  # of norms and updates, with two queues
+    ended: int = 0  # programs, with two queues
     arrivals: list[int] = field(default_factory=list)
     flags: list[tuple[int, object]] = field(default_factory=list)  # (epoch, ratio)
 
@@ -94,6 +108,35 @@ class Step:
             yield "go"
             self.state.counter = (epoch if self.skip else epoch + 1) << 32
 
+    def two_queues(self, index: int) -> Iterator[str]:
+        """The same for `TwoQueues`."""
+        protocol, state = self.protocol, self.state
+        assert isinstance(protocol, TwoQueues)
+        norms = [item for item in self.items if item[0] != UPDATE]
+        updates = [item for item in self.items if item[0] == UPDATE]
+        epoch, taken = self.epoch, not self.skip
+        while taken:
+            yield "go"
+            seen = n, u = state.tickets
+            if n >= len(norms) and u >= len(updates):
+                break
+            yield "go"
+            ready = u < len(updates) and self._published(updates[u][1], epoch)
+            if u < len(updates) and not ready and not (n < len(norms) and protocol.wait_last):
+                yield "wait"
+                continue
+            yield "go"
+            if state.tickets != seen:
+                continue
+            state.tickets = (n, u + 1) if ready else (n + 1, u)
+            yield from self._do(updates[u] if ready else norms[n], epoch)
+        yield "go"
+        state.ended += 1
+        if state.ended == self.programs and protocol.last_ticket_resets:
+            yield "go"
+            state.tickets, state.ended = (0, 0), 0
+            state.counter = (epoch + taken) << 32
+
     def _next(self, index: int, ticket: int | None) -> tuple[int, int]:
         if self.protocol.tickets:
             return self.state.draw()
@@ -141,7 +184,8 @@ def run_step(step: Step, resident: int, rng: random.Random) -> None:
     blocked: set[int] = set()
     while running or waiting_to_start:
         while waiting_to_start and len(running) < resident:
-            running.append(step.program(waiting_to_start.pop()))
+            begin = step.two_queues if isinstance(step.protocol, TwoQueues) else step.program
+            running.append(begin(waiting_to_start.pop()))
         at = rng.randrange(len(running))
         burst = rng.choice((1, 1, 2, 5, 20))  # now and then one program runs far ahead
         for _ in range(burst):
