@@ -31,9 +31,6 @@ from .lars_rule import (
     gradient_factor,
     inverse_scale,
     learning_rate,
-    load_switches,
-    rate_words,
-    rule_words,
     update_factors,
     update_rule,
     update_tail,
@@ -49,148 +46,22 @@ from .queue import (
     wait_for_ratio,
     watch_start,
 )
-from .sums import (
-    add_tail_squares,
-    by_thread,
-    in_plain_units,
-    rescue_unit,
-    squares,
-    store_triple,
-    sum3,
+from .ring import (
+    item_of,
+    load_old_row,
+    load_row,
+    load_rule,
+    square_sums,
+    start_copy,
+    take_out,
 )
+from .sums import store_triple
 
 _NORM = gl.constexpr(layout.NORM)
 _UPDATE = gl.constexpr(layout.UPDATE)
-_W_AT = gl.constexpr(layout.W_AT)
-_G_AT = gl.constexpr(layout.G_AT)
-_V_AT = gl.constexpr(layout.V_AT)
 _COPY_AT = gl.constexpr(layout.COPY_AT)
-_NUMEL = gl.constexpr(layout.NUMEL)
-_SLOT = gl.constexpr(layout.SLOT)
-_FLAGS = gl.constexpr(layout.FLAGS)
 _TENSOR_WORDS = gl.constexpr(layout.TENSOR_WORDS)
-_DECAY = gl.constexpr(layout.DECAY)
 _GROUP_WORDS = gl.constexpr(layout.GROUP_WORDS)
-
-
-@gluon.jit
-def _item_of(items, step, program, programs, own):
-    """A program's item of a step; one of no kind before its first and behind its last."""
-    return gl.load(items + step * programs + program, mask=(step >= 0) & (step < own), other=0)
-
-
-@gluon.jit
-def _load_row(tensors, groups, item):
-    """What copying and summing an item need of its rows: one batch of loads."""
-    _, tensor, group, _ = unpack_item(item)
-    row, options = tensors + tensor * _TENSOR_WORDS, groups + group * _GROUP_WORDS
-    switches, decay = load_switches(options), gl.load(options + _DECAY)
-    w_address, g_address = gl.load(row + _W_AT), gl.load(row + _G_AT)
-    numel, row_flags = gl.load(row + _NUMEL), gl.load(row + _FLAGS)
-    return w_address, g_address, numel, row_flags, gl.load(row + _SLOT), switches, decay
-
-
-@gluon.jit
-def _load_old_row(tensors, item):
-    """What updating an item needs of its tensor's row."""
-    _, tensor, _, _ = unpack_item(item)
-    row = tensors + tensor * _TENSOR_WORDS
-    w_address, g_address = gl.load(row + _W_AT), gl.load(row + _G_AT)
-    v_address, numel = gl.load(row + _V_AT), gl.load(row + _NUMEL)
-    return w_address, g_address, v_address, numel, gl.load(row + _FLAGS)
-
-
-@gluon.jit
-def _load_rule(groups, item):
-    """What updating an item needs of its group."""
-    _, _, group, _ = unpack_item(item)
-    options = groups + group * _GROUP_WORDS
-    return load_switches(options), rate_words(options), rule_words(options)
-
-
-@gluon.jit
-def _take_out(
-    w_ring, g_ring, slot, item, row, lane,
-    CHUNK: gl.constexpr, V_DT: gl.constexpr, V_ALIGN: gl.constexpr, LAYOUT: gl.constexpr,
-):  # fmt: skip
-    """A held chunk, and its momentum if it is to be updated and whole: zeros otherwise."""
-    _, _, v_address, numel, row_flags = row
-    kind, _, _, chunk = unpack_item(item)
-    start, _, whole = chunk_span(numel, row_flags, chunk, CHUNK, CHUNK)
-    there = ((kind & _UPDATE) != 0) & (whole > 0) & (v_address != 0) & (lane >= 0)
-    v_at = pointer_to(v_address, V_DT, V_ALIGN, False) + start + lane
-    v = gl.load(v_at, mask=there, other=0)
-    return w_ring.index(slot).load(LAYOUT), g_ring.index(slot).load(LAYOUT), v
-
-
-@gluon.jit
-def _start_copy(
-    w_ring, g_ring, slot, item, row, lane, CHUNK: gl.constexpr,
-    W_DT: gl.constexpr, G_DT: gl.constexpr, W_ALIGN: gl.constexpr, G_ALIGN: gl.constexpr,
-):  # fmt: skip
-    """Send for an item's w and g, if its chunk is whole: one commit group, also of nothing."""
-    w_address, g_address, numel, row_flags, _, _, _ = row
-    kind, _, _, chunk = unpack_item(item)
-    start, _, whole = chunk_span(numel, row_flags, chunk, CHUNK, CHUNK)
-    there = (kind != 0) & (whole > 0) & (lane >= 0)
-    w_at = pointer_to(w_address, W_DT, W_ALIGN, False) + start + lane
-    g_at = pointer_to(g_address, G_DT, G_ALIGN, False) + start + lane
-    async_copy.async_copy_global_to_shared(w_ring.index(slot), w_at, mask=there)
-    async_copy.async_copy_global_to_shared(g_ring.index(slot), g_at, mask=there)
-    async_copy.commit_group()
-
-
-@gluon.jit
-def _sum_once(
-    w, g, thread, w_address, g_address, start, count, whole, factor, decay, w_unit, g_unit, d_unit,
-    RESCALE: gl.constexpr, BLOCK: gl.constexpr, THREADS: gl.constexpr, VECTOR: gl.constexpr,
-    W_DT: gl.constexpr, G_DT: gl.constexpr,
-):  # fmt: skip
-    """Sums of squares in fp32 over a chunk: of its held elements, or element by element."""
-    if whole > 0:
-        w2, g2, d2 = squares(
-            w, g, factor, decay, w_unit, g_unit, d_unit, RESCALE, W_DT, G_DT, False
-        )
-        w_sum, g_sum, d_sum = sum3(
-            by_thread(w2, BLOCK, THREADS, VECTOR), by_thread(g2, BLOCK, THREADS, VECTOR),
-            by_thread(d2, BLOCK, THREADS, VECTOR), False,
-        )  # fmt: skip
-    else:
-        zero = (thread * 0).to(gl.float32)
-        w_part, g_part, d_part = add_tail_squares(
-            zero, zero, zero, thread, w_address, g_address, start, whole, count,
-            factor, decay, w_unit, g_unit, d_unit, RESCALE, THREADS, W_DT, G_DT, False,
-        )  # fmt: skip
-        w_sum, g_sum, d_sum = sum3(w_part, g_part, d_part, False)
-    return w_sum, g_sum, d_sum
-
-
-@gluon.jit
-def _square_sums(
-    w, g, thread, w_address, g_address, start, count, whole, factor, decay,
-    BLOCK: gl.constexpr, THREADS: gl.constexpr, VECTOR: gl.constexpr,
-    W_DT: gl.constexpr, G_DT: gl.constexpr,
-):  # fmt: skip
-    """`sums.chunk_square_sums` of a held chunk."""
-    one = gl.to_tensor(1.0)
-    w_sum, g_sum, d_sum = _sum_once(
-        w, g, thread, w_address, g_address, start, count, whole, factor, decay, one, one, one,
-        False, BLOCK, THREADS, VECTOR, W_DT, G_DT,
-    )  # fmt: skip
-    w_unit = rescue_unit(w_sum)
-    g_unit = rescue_unit(g_sum)
-    d_unit = rescue_unit(d_sum)
-    if not ((w_unit == 1.0) & (g_unit == 1.0) & (d_unit == 1.0)):
-        w_sum, g_sum, d_sum = _sum_once(
-            w, g, thread, w_address, g_address, start, count, whole, factor, decay,
-            w_unit, g_unit, d_unit,
-            True, BLOCK, THREADS, VECTOR, W_DT, G_DT,
-        )  # fmt: skip
-    return (
-        in_plain_units(w_sum, w_unit),
-        in_plain_units(g_sum, g_unit),
-        in_plain_units(d_sum, d_unit),
-    )
 
 
 @gluon.jit(
@@ -260,23 +131,23 @@ def lars_resident(
     step, slot = own * 0, own * 0 + 0
     # Words and rows of this step and of the next ones, of items to be summed and updated: what a
     # step loads of them has a whole step to arrive.
-    item = _item_of(items, step, program, programs, own)
-    item_1 = _item_of(items, step + 1, program, programs, own)
-    item_2 = _item_of(items, step + 2, program, programs, own)
-    item_3 = _item_of(items, step + 3, program, programs, own)
-    old = _item_of(items, step - LAG, program, programs, own)
-    old_1 = _item_of(items, step + 1 - LAG, program, programs, own)
-    old_2 = _item_of(items, step + 2 - LAG, program, programs, own)
-    row = _load_row(tensors, groups, item)
-    row_1 = _load_row(tensors, groups, item_1)
-    row_2 = _load_row(tensors, groups, item_2)
-    old_row = _load_old_row(tensors, old)
-    old_row_1 = _load_old_row(tensors, old_1)
-    rule, rule_1 = _load_rule(groups, old), _load_rule(groups, old_1)
-    w, g, v = _take_out(w_ring, g_ring, slot, old, old_row, lane, CHUNK, V_DT, V_ALIGN, wide)
-    _start_copy(w_ring, g_ring, slot, item, row, lane, CHUNK, W_DT, G_DT, W_ALIGN, G_ALIGN)
+    item = item_of(items, step, program, programs, own)
+    item_1 = item_of(items, step + 1, program, programs, own)
+    item_2 = item_of(items, step + 2, program, programs, own)
+    item_3 = item_of(items, step + 3, program, programs, own)
+    old = item_of(items, step - LAG, program, programs, own)
+    old_1 = item_of(items, step + 1 - LAG, program, programs, own)
+    old_2 = item_of(items, step + 2 - LAG, program, programs, own)
+    row = load_row(tensors, groups, item)
+    row_1 = load_row(tensors, groups, item_1)
+    row_2 = load_row(tensors, groups, item_2)
+    old_row = load_old_row(tensors, old)
+    old_row_1 = load_old_row(tensors, old_1)
+    rule, rule_1 = load_rule(groups, old), load_rule(groups, old_1)
+    w, g, v = take_out(w_ring, g_ring, slot, old, old_row, lane, CHUNK, V_DT, V_ALIGN, wide)
+    start_copy(w_ring, g_ring, slot, item, row, lane, CHUNK, W_DT, G_DT, W_ALIGN, G_ALIGN)
     slot_1 = slot + 1
-    _start_copy(w_ring, g_ring, slot_1, item_1, row_1, lane, CHUNK, W_DT, G_DT, W_ALIGN, G_ALIGN)
+    start_copy(w_ring, g_ring, slot_1, item_1, row_1, lane, CHUNK, W_DT, G_DT, W_ALIGN, G_ALIGN)
     while step < steps:
         old_kind, old_tensor, _, old_chunk = unpack_item(old)
         asked = ask(flags + old_tensor, POLL_ATOMIC)
@@ -290,7 +161,7 @@ def lars_resident(
         w2, g2, d2 = none, none, none
         if norms:
             start, count, whole = chunk_span(numel, row_flags, chunk, CHUNK, CHUNK)
-            w2, g2, d2 = _square_sums(
+            w2, g2, d2 = square_sums(
                 w_ring.index(slot).load(wide), g_ring.index(slot).load(wide), thread,
                 w_address, g_address, start, count, whole,
                 gradient_factor(switches, unscale), decay.to(gl.float32),
@@ -345,17 +216,17 @@ def lars_resident(
                     THREADS, W_DT, G_DT, V_DT, COPY_DT, False,
                 )  # fmt: skip
 
-        row_3 = _load_row(tensors, groups, item_3)
-        item_4 = _item_of(items, step + 4, program, programs, own)
-        old_row_2 = _load_old_row(tensors, old_2)
-        old_3 = _item_of(items, step + 3 - LAG, program, programs, own)
+        row_3 = load_row(tensors, groups, item_3)
+        item_4 = item_of(items, step + 4, program, programs, own)
+        old_row_2 = load_old_row(tensors, old_2)
+        old_3 = item_of(items, step + 3 - LAG, program, programs, own)
         # The oldest chunk leaves the ring, its momentum is sent for; into its place goes another.
         slot_2 = gl.where(slot_1 == SLOTS - 1, 0, slot_1 + 1)
-        rule_2 = _load_rule(groups, old_2)
-        w, g, v = _take_out(
+        rule_2 = load_rule(groups, old_2)
+        w, g, v = take_out(
             w_ring, g_ring, slot_2, old_1, old_row_1, lane, CHUNK, V_DT, V_ALIGN, wide
         )
-        _start_copy(
+        start_copy(
             w_ring, g_ring, slot_2, item_2, row_2, lane, CHUNK, W_DT, G_DT, W_ALIGN, G_ALIGN
         )
 

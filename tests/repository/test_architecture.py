@@ -97,7 +97,7 @@ def test_the_kernels_read_every_word_of_a_group_in_the_rule_alone_but_for_decaye
         word = re.search(rf"    {name}: Annotated\[[^@]*?\blayout\.(\w+)", table)[1]
         users = {f for f in knowing(rf"\blayout\.{word}\b") if f.startswith("kernels/")}
         # N(g + βw) is summed before there is a ratio, by the kernels that go over the chunks.
-        sums = {f"kernels/{n}.py" for n in ("l2norm", "lars_step", "lars_resident")}
+        sums = {f"kernels/{n}.py" for n in ("l2norm", "lars_step", "ring")}
         sums = sums if word == "DECAY" else set()
         assert users - {"kernels/layout.py"} == {"kernels/lars_rule.py", *sums}, name
 
