@@ -236,25 +236,29 @@ def _check(
     order: str,
 ) -> None:
     if len(numels) != len(adapt):
-        raise ValueError(f"{len(numels)} tensors but {len(adapt)} adapt flags")
+        raise ValueError(f"make_plan: {len(numels)} tensors but {len(adapt)} adapt flags")
     if len(numels) != len(groups):
-        raise ValueError(f"{len(numels)} tensors but {len(groups)} groups")
+        raise ValueError(f"make_plan: {len(numels)} tensors but {len(groups)} groups")
     if groups and not 0 <= min(groups) <= max(groups) < MAX_GROUPS:
         raise ValueError(
-            f"a group must be in [0, {MAX_GROUPS}), got {min(groups)} to {max(groups)}"
+            f"make_plan: a group must be in [0, {MAX_GROUPS}), got {min(groups)} to {max(groups)}"
         )
     if len(numels) > MAX_TENSORS:
-        raise ValueError(f"at most {MAX_TENSORS} tensors fit one plan, got {len(numels)}")
+        raise ValueError(
+            f"make_plan: at most {MAX_TENSORS} tensors fit one plan, got {len(numels)}"
+        )
     if order not in ("ahead", "grouped", "resident"):
-        raise ValueError(f'order must be "ahead", "grouped" or "resident", got {order!r}')
+        raise ValueError(
+            f'make_plan: order must be "ahead", "grouped" or "resident", got {order!r}'
+        )
     if min(chunk, bytes_per_element) < 1 or min(window, lag) < 0:
         raise ValueError(
-            "chunk and bytes_per_element must be at least 1, window and lag at least 0, "
+            "make_plan: chunk and bytes_per_element must be at least 1, window and lag at least 0, "
             f"got {chunk}, {bytes_per_element}, {window} and {lag}"
         )
     for i, n in enumerate(numels):
         if not 0 <= n <= MAX_CHUNKS * chunk:
             raise ValueError(
-                f"tensor {i} must have 0 to {MAX_CHUNKS * chunk} elements "
+                f"make_plan: tensor {i} must have 0 to {MAX_CHUNKS * chunk} elements "
                 f"({MAX_CHUNKS} chunks of {chunk}), got {n}"
             )
