@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tracemalloc
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -342,17 +343,18 @@ def test_nothing_grows_over_ten_thousand_steps(needs_triton):
         tensors = sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
         tracemalloc.start()
         del made[:]
-        steps(2_000)  # what is allocated in turn, and not often, is then known to tracemalloc
-        del made[:]
-        gc.collect()
-        before = tracemalloc.get_traced_memory()[0]
-        steps(10_000)
-        assert made == ["lars_step"] * 10_000
-        del made[:]
-        gc.collect()
-        grown = tracemalloc.get_traced_memory()[0] - before
+        held = []
+        for n in (2_000, 4_000, 4_000, 4_000):
+            steps(n)
+            assert made == ["lars_step"] * n
+            del made[:]
+            gc.collect()
+            held.append(tracemalloc.get_traced_memory()[0])
         tracemalloc.stop()
-    assert grown < 20_000  # two bytes a step
+    # A leak grows in every stretch: an object every seventh step is 14 KB. What Python allocated
+    # before the tracing, and allocates anew in turn, is 3 to 20 KB now and then.
+    grown = [after - before for before, after in pairwise(held)]
+    assert min(grown) < 8_000  # two bytes a step
     assert sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()) <= tensors + 3
 
 
