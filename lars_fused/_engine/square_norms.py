@@ -18,7 +18,7 @@ from torch import Tensor
 from . import portable, validate
 
 PIECE = 4096
-STAGE = 15 << 14  # elements of a block that is widened before use: enough for several cores
+STAGE = 24 << 14  # elements of a block that is widened before use: two of them take 3 MB
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 # Norms whose sum of squares lost nothing to overflow or underflow. In fp32 a square below 2^-150 is
 # lost, so a norm of 1e-13 is accurate to 1e-9 up to 10^9 elements.
