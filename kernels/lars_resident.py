@@ -226,9 +226,7 @@ def lars_resident(
         w, g, v = take_out(
             w_ring, g_ring, slot_2, old_1, old_row_1, lane, CHUNK, V_DT, V_ALIGN, wide
         )
-        start_copy(
-            w_ring, g_ring, slot_2, item_2, row_2, lane, CHUNK, W_DT, G_DT, W_ALIGN, G_ALIGN
-        )
+        start_copy(w_ring, g_ring, slot_2, item_2, row_2, lane, CHUNK, W_DT, G_DT, W_ALIGN, G_ALIGN)
 
         # The answer of the arrival, which nothing has waited for so far.
         if norms:
