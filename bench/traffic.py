@@ -2,9 +2,9 @@
 
 Every number that comes out of here is a PREDICTION of a model, never a measurement.
 
-`launch_model` and `cache_model` say what is simulated. ``--default``: only the order and constants
-that `kernels/tuning.py` launches, and those that wait there to be measured. Columns beside the
-model's bytes and times:
+`launch_model`, `resident_model` and `cache_model` say what is simulated; "H200 as published" is the
+GPU before one was measured. ``--default``: only the order and constants that `kernels/tuning.py`
+launches, and those that wait there to be measured. Columns beside the model's bytes and times:
 
     cover       items between the last norm of a tensor and its first update, as a share of the
                 programs: the least of all tensors that wait, and of half of them
@@ -27,10 +27,11 @@ from statistics import median
 
 import torch
 
-from bench.cache_model import GPUS, USABLE_L2, Gpu, Traffic
+from bench.cache_model import GPUS, Gpu, Traffic
 from bench.environment import commit
-from bench.launch_model import NOW, Timing, simulate, simulate_resident
+from bench.launch_model import NOW, Geometry, Timing, simulate
 from bench.models import MODELS, adapted
+from bench.resident_model import HELD, simulate_resident
 from lars_fused._engine.plan import Plan, make_plan, unpack_items
 from lars_fused.kernels import tuning
 from lars_fused.kernels.layout import NORM, UPDATE
@@ -57,9 +58,8 @@ class Choice:
     """Chunks that a program of `lars_resident` holds (order "resident")."""
 
     @property
-    def in_flight_bytes(self) -> int:
-        """Bytes of w and g on the way to one multiprocessor."""
-        return self.per_sm * min(self.block, self.chunk) * 8
+    def geometry(self) -> Geometry:
+        return Geometry(self.chunk, self.block, self.per_sm, evict_first=self.evict_first)
 
 
 _HELD = tuning.CANDIDATES["sm_9"]
@@ -128,26 +128,14 @@ def predict(model: str, gpu: Gpu, choice: Choice, timing: Timing = NOW) -> Traff
     """Bytes and time of one step of a model in fp32."""
     plan, numels = planned(model, gpu, choice), sizes_of(model)[0]
     if choice.slots:
-        return simulate_resident(
-            plan, numels, gpu, chunk=choice.chunk, per_sm=choice.per_sm, slots=choice.slots,
-            timing=timing,
-        )  # fmt: skip
-    return simulate(
-        plan,
-        numels,
-        gpu,
-        chunk=choice.chunk,
-        block=choice.block,
-        per_sm=choice.per_sm,
-        evict_first=choice.evict_first,
-        timing=timing,
-    )
+        return simulate_resident(plan, numels, gpu, choice.geometry, choice.slots, timing)
+    return simulate(plan, numels, gpu, choice.geometry, timing)
 
 
 def sweep() -> list[tuple[str, str, Choice]]:
     """(model, GPU, choice): what is launched for all, then one thing at a time on the H200."""
     cases = [(m, g, Choice(evict_first=e)) for m in MODELS for g in GPUS for e in (True, False)]
-    cases += [(m, g, CANDIDATE) for m in MODELS for g in ("H100", "H200")]
+    cases += [(m, g, CANDIDATE) for m in MODELS for g in GPUS if g.startswith("H")]
     few = ("ResNet-50", "ViT-B/16", "AlexNet")
     variants = [Choice(order="grouped")]
     variants += [Choice(lag=lag) for lag in (0.25, 0.5, 0.75, 1.5)]
@@ -192,7 +180,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"commit {sha}{'-dirty' * dirty}; "
         f"python {platform.python_version()}; torch {torch.__version__}",
         f"command: {parser.prog} {' '.join(sys.argv[1:] if arguments is None else arguments)}",
-        f"usable L2 {USABLE_L2}; {NOW}",
+        *(str(gpu) for gpu in GPUS.values()),
+        f"{NOW}; {HELD}",
     ]
     print("\n".join(header))
     chosen.output.parent.mkdir(parents=True, exist_ok=True)

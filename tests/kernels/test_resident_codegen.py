@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from bench import assembly, launch_model, walk
+from bench import assembly, resident_model, walk
 from bench.codegen import Build, Spec, build, candidates, measure
 from lars_fused.kernels.tuning import CANDIDATES
 from tests.kernels.test_codegen import label, plain_layout, positions
@@ -94,11 +94,11 @@ def test_a_step_sends_for_the_next_chunk_before_it_waits_for_the_arrival() -> No
 
 def test_the_model_counts_on_what_is_compiled() -> None:
     """Within 5 percent: Triton's patch releases differ by a few instructions."""
-    found, timing = walk.held(fp32()), launch_model.NOW
+    found, step = walk.held(fp32()), resident_model.HELD
     for name, counted in {
-        "norm_issued": timing.held_norm, "sums": timing.held_sums,
-        "update_issued": timing.held_update, "end_issued": timing.held_end,
-        "exposed": timing.held_wait, "publication": timing.held_publish, "after": timing.held_after,
+        "norm_issued": step.norm, "sums": step.sums, "update_issued": step.update,
+        "end_issued": step.end, "exposed": step.wait, "publication": step.publish,
+        "after": step.after,
     }.items():  # fmt: skip
         assert getattr(found, name) == pytest.approx(counted, rel=0.05), name
     # Twice this a multiprocessor is less than the 5,060 cycles that DRAM needs for its bytes, so
