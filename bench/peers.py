@@ -154,7 +154,6 @@ LADDER: dict[str, Callable[[Inputs], Variant]] = {
     FLOOR: sgd_fused,
     ONE: ours,
     TWO: lambda i: ours(i, launches=2),
-    HELD: held,
 }
 EAGER: dict[str, Callable[[Inputs], Variant]] = {
     "foreach LARS": lambda i: plain(i, foreach=True),

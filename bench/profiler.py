@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,12 @@ from bench import environment
 from bench.budget import Budget
 from bench.cases import model_case
 from bench.harness import Recorder
-from bench.peers import FLOOR, HELD, LADDER, ONE, TWO
+from bench.peers import FLOOR, HELD, LADDER, ONE, TWO, held
 from bench.supervise import Pieces
 from bench.variants import Variant
-from lars_fused._engine import launch
-from lars_fused.kernels import tuning
 
 MODELS = ("ResNet-50", "ViT-B/16", "one 100M tensor")
-ORDER = (ONE, TWO, HELD, FLOOR)
+ORDER = (ONE, TWO, FLOOR)
 STEPS = 4
 COUNTS = ("launches a step", "copies from the host a step", "waits of the host a step")
 DRAM = "DRAM bytes a parameter"
@@ -45,14 +43,9 @@ _WAITS = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchroniz
 _RANGE = "lars_fused steps"
 
 
-def variants() -> list[str]:
-    """What is profiled, in this order; a row that waits to be measured only if there is one."""
-    held = HELD in ORDER and tuning.candidate_for(launch.architecture(torch.device("cuda"))[0])
-    return [name for name in ORDER if name != HELD or held]
-
-
 def _ready(model: str, name: str) -> Variant:
-    variant = LADDER[name](model_case(model).inputs(torch.device("cuda")))
+    build = held if name == HELD else LADDER[name]
+    variant = build(model_case(model).inputs(torch.device("cuda")))
     for _ in range(3):
         variant.step()
     torch.cuda.synchronize()
@@ -124,24 +117,22 @@ def limited(command: list[str], seconds: float) -> list[str]:
     return ["timeout", "--signal=INT", "--kill-after=3", f"{max(1.0, seconds):.0f}", *command]
 
 
-def run_ncu(folder: Path, budget: Budget) -> dict[tuple[str, str], float]:
-    """DRAM bytes of a step; what ncu printed stays in the folder, as ncu.csv."""
-    ncu, log = tool("ncu"), folder / "ncu.csv"
+def run_ncu(names: Sequence[str], folder: Path, budget: Budget) -> dict[tuple[str, str], float]:
+    """DRAM bytes of a step of each variant; what ncu printed stays in the folder."""
+    ncu, log = tool("ncu"), folder / ("ncu-candidate.csv" if HELD in names else "ncu.csv")
     if ncu is None:
         raise RuntimeError("ncu is not installed")
     log.unlink(missing_ok=True)
     command = [ncu, "--clock-control", "none", "--cache-control", "none"]
     command += ["--profile-from-start", "off", "--target-processes", "all"]
     command += ["--metrics", METRICS, "--print-units", "base", "--csv", "--log-file", str(log)]
-    command += [sys.executable, "-m", "bench.profiler"]
+    command += [sys.executable, "-m", "bench.profiler", *names]
     done = subprocess.run(
         limited(command, budget.left - 5), cwd=environment.ROOT, text=True, errors="replace",
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     text = log.read_text(errors="replace") if log.exists() else ""
-    found = dram_bytes(
-        text.splitlines(), [(model, name) for model in MODELS for name in variants()]
-    )
+    found = dram_bytes(text.splitlines(), [(model, name) for model in MODELS for name in names])
     if done.returncode != 0 and found:
         found.popitem()  # it may not contain all of its steps
     if not found:
@@ -152,7 +143,8 @@ def run_ncu(folder: Path, budget: Budget) -> dict[tuple[str, str], float]:
     return found
 
 
-def _count(name: str, recorder: Recorder) -> None:
+def count_step(name: str, recorder: Recorder) -> None:
+    """Launches, copies and waits of one step of a variant of ResNet-50."""
     case = model_case(MODELS[0])
     counted = count(_ready(MODELS[0], name))
     if counted[0] == 0:
@@ -166,9 +158,10 @@ def _count(name: str, recorder: Recorder) -> None:
         print(f"{MODELS[0]}, {name}: {value:g} {unit}", flush=True)
 
 
-def _bytes(recorder: Recorder, folder: Path, budget: Budget) -> None:
+def weigh(names: Sequence[str], recorder: Recorder, folder: Path, budget: Budget) -> None:
+    """DRAM bytes a parameter of some variants, or why there are none."""
     try:
-        found = run_ncu(folder, budget)
+        found = run_ncu(names, folder, budget)
     except (RuntimeError, ValueError, OSError) as error:
         reason = f"{type(error).__name__}: {error}"[:300]
         recorder.note(absent={DRAM: reason})
@@ -187,9 +180,9 @@ def _bytes(recorder: Recorder, folder: Path, budget: Budget) -> None:
 def main(folder: Path, budget: Budget) -> int:
     recorder, pieces = Recorder(folder), Pieces(folder)
     todo: dict[str, tuple[Callable[[], None], float]] = {
-        f"profile {name}": (functools.partial(_count, name, recorder), 25.0) for name in variants()
+        f"profile {name}": (functools.partial(count_step, name, recorder), 25.0) for name in ORDER
     }
-    ncu = functools.partial(_bytes, recorder, folder, budget)
+    ncu = functools.partial(weigh, ORDER, recorder, folder, budget)
     todo["profile by ncu"] = ncu, math.inf  # which has a limit of its own
     for name, (do, seconds) in todo.items():
         if name not in pieces.begun() and budget.left > 0:
@@ -198,10 +191,10 @@ def main(folder: Path, budget: Budget) -> int:
     return 0
 
 
-def under_ncu() -> None:
+def under_ncu(names: Sequence[str]) -> None:
     """The process that ncu profiles: a few steps of each variant of each model."""
     for model in MODELS:
-        for name in variants():
+        for name in names:
             variant = _ready(model, name)
             torch.cuda.profiler.start()
             for _ in range(STEPS):
@@ -211,4 +204,4 @@ def under_ncu() -> None:
 
 
 if __name__ == "__main__":
-    under_ncu()
+    under_ncu(sys.argv[1:])

@@ -2,15 +2,20 @@
 
 Sizes around a chunk, tensors of several chunks, misaligned ones, one launch and two: every wait and
 every bound of the kernels occurs once. A GPU run starts with it, and compute-sanitizer runs it.
+``--candidate``: with the row of this GPU that waits to be measured.
 """
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
+from bench.peers import used
 from lars_fused import LARS
 from lars_fused._engine import launch, launch_tables
+from lars_fused.kernels import tuning
 
 
 def sizes(chunk: int) -> list[int]:
@@ -38,11 +43,14 @@ def after_two_steps(device: str, backend: str, launches: int, chunk: int) -> Ten
     return torch.cat([p.detach().double() for group in groups for p in group["params"]])
 
 
-def main(device: str = "cuda", backend: str = "triton") -> None:
-    kernels = launch.kernels()
-    chunk = kernels.tuning.row_for(launch.architecture(torch.device(device))[0]).chunk
-    right = after_two_steps(device, "torch", 1, chunk)
-    one, two = (after_two_steps(device, backend, n, chunk) for n in (1, 2))
+def main(device: str = "cuda", backend: str = "triton", candidate: bool = False) -> None:
+    architecture = launch.architecture(torch.device(device))[0]
+    row = tuning.candidate_for(architecture) if candidate else tuning.row_for(architecture)
+    if row is None:
+        raise SystemExit(f"no row for {architecture} waits to be measured")
+    right = after_two_steps(device, "torch", 1, row.chunk)
+    with used(row, architecture):
+        one, two = (after_two_steps(device, backend, n, row.chunk) for n in (1, 2))
     # Sums of terms up to about 5, whose fp32 ulp is 5e-7; a wrong term is off by 1e-3 or more.
     torch.testing.assert_close(one, right, rtol=0, atol=2e-6)
     torch.testing.assert_close(two, one, rtol=0, atol=0)
@@ -50,4 +58,4 @@ def main(device: str = "cuda", backend: str = "triton") -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(candidate="--candidate" in sys.argv[1:])

@@ -28,7 +28,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # The longest first, so that it does not start last.
 TIERS = ("interpret", "ptx", "codegen", "floor", "cpu")
-CHOICES = ("all", "lint", "gpu", *TIERS)
+CHOICES = ("all", "lint", "gpu", "candidate", *TIERS)
+# A kernel that waits to be measured is no part of what the gpu tier vouches for.
+MARKS = {
+    "floor": "floor and interpret",
+    "gpu": "gpu and not candidate",
+    "candidate": "gpu and candidate",
+}
 OUTCOMES = ("PASSED", "FAILED", "ERROR", "SKIPPED")
 TIME_LIMIT = 1200  # seconds; a kernel that hangs must end as a failure
 
@@ -72,7 +78,8 @@ def lint_jobs() -> list[Job]:
 
 
 def tier_job(tier: str, reports: Path, args: argparse.Namespace, workers: int) -> Job:
-    marks = "floor and interpret" if tier == "floor" else tier
+    marks = MARKS.get(tier, tier)
+    on_a_gpu = tier in ("gpu", "candidate")
     marks += " and (slow or fuzz)" if args.slow else " and not slow"
     # The tiers run concurrently: no shared cache folder, one thread each.
     env = {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
@@ -85,7 +92,7 @@ def tier_job(tier: str, reports: Path, args: argparse.Namespace, workers: int) -
     report = reports / f"{tier}.xml"
     command = [sys.executable, "-m", "pytest", "-m", marks, f"--junitxml={report}"]
     command += ["--durations=5", "-p", "no:cacheprovider"]
-    if tier == "gpu":
+    if on_a_gpu:
         # A borrowed GPU goes back after minutes, and a context error fails every later test.
         command += ["-v", "--maxfail=10", "-o", "faulthandler_timeout=40"]
         env["PYTHONUNBUFFERED"] = "1"
@@ -94,8 +101,8 @@ def tier_job(tier: str, reports: Path, args: argparse.Namespace, workers: int) -
     if workers > 1 and find_spec("xdist"):
         # One GPU: a few processes, with the tests that fill its memory in just one of them.
         some = ["-n", str(min(workers, 4)), "--dist", "loadfile"]
-        command += some if tier == "gpu" else ["-n", str(workers)]
-    return Job(tier, [*command, *args.pytest], env, report, streamed=tier == "gpu")
+        command += some if on_a_gpu else ["-n", str(workers)]
+    return Job(tier, [*command, *args.pytest], env, report, streamed=on_a_gpu)
 
 
 def counts(report: Path, output: str) -> tuple[int, int, int]:
@@ -168,7 +175,10 @@ def main(argv: list[str]) -> int:
     # An interrupt reaches the jobs too: they end, and their results so far are counted.
     signal.signal(signal.SIGINT, lambda *_: None)
     whole = "all" in args.tiers
-    tiers = [tier for tier in (*TIERS, "gpu") if tier in args.tiers or (whole and tier != "gpu")]
+    tiers = [
+        tier for tier in (*TIERS, "gpu", "candidate")
+        if tier in args.tiers or (whole and tier in TIERS)
+    ]  # fmt: skip
     if args.floor is None and whole:
         tiers.remove("floor")
         print("floor: not run, no folder with the oldest supported triton was given", flush=True)

@@ -74,13 +74,13 @@ def test_ncu_ends_within_its_time_and_leaves_what_it_printed(how, tmp_path, monk
     stub.chmod(0o755)
     monkeypatch.setattr(profiler, "tool", lambda name: str(stub))
     monkeypatch.setattr(profiler, "MODELS", ("A",))
-    monkeypatch.setattr(profiler, "ORDER", (peers.ONE, peers.FLOOR))
+    names = (peers.ONE, peers.FLOOR)
     start = time.monotonic()
     if how == "refused":
         with pytest.raises(RuntimeError, match="ERR_NVGPUCTRPERM"):
-            profiler.run_ncu(tmp_path, Budget(20))
+            profiler.run_ncu(names, tmp_path, Budget(20))
         return
-    found = profiler.run_ncu(tmp_path, Budget(20 if how == "ok" else 10))
+    found = profiler.run_ncu(names, tmp_path, Budget(20 if how == "ok" else 10))
     assert time.monotonic() - start < 100  # the stub hangs for 300
     assert (tmp_path / "ncu.csv").read_text() == rows
     # What was going on when it was ended may not be whole.
@@ -151,10 +151,9 @@ def test_counts_from_the_profiler():
 def test_a_profiler_that_saw_nothing_counts_nothing(monkeypatch, tmp_path, seen):
     """No launch at all is a blind profiler, and not a step that launches nothing."""
 
-    def no_ncu(folder, budget):
+    def no_ncu(names, folder, budget):
         raise RuntimeError("ncu is not installed")
 
-    monkeypatch.setattr(profiler.launch, "architecture", lambda device: ("sm_90", 132, 0))
     monkeypatch.setattr(profiler, "_ready", lambda model, name: None)
     monkeypatch.setattr(profiler, "count", lambda variant: seen)
     monkeypatch.setattr(profiler, "run_ncu", no_ncu)
@@ -165,10 +164,3 @@ def test_a_profiler_that_saw_nothing_counts_nothing(monkeypatch, tmp_path, seen)
     assert absent[profiler.DRAM] == "RuntimeError: ncu is not installed"
     assert len(rows) == (len(profiler.ORDER) * 3 if seen[0] else 0)
     assert len(absent) == (1 if seen[0] else 1 + len(profiler.ORDER))
-
-
-@pytest.mark.parametrize(("architecture", "held"), [("sm_80", False), ("sm_90", True)])
-def test_a_row_that_waits_is_profiled_where_there_is_one(monkeypatch, architecture, held):
-    monkeypatch.setattr(profiler.launch, "architecture", lambda device: (architecture, 108, 0))
-    assert (peers.HELD in profiler.variants()) == held
-    assert len(profiler.variants()) == 3 + held

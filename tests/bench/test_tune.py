@@ -180,17 +180,23 @@ def test_a_candidate_is_launched_with_its_constants_and_leaves_no_trace(tuner):
     assert rows == before
 
 
-def test_rows_that_wait_to_be_measured_come_first(tmp_path):
+@pytest.mark.parametrize("wrong", [False, True])
+def test_rows_that_wait_to_be_measured_come_first(tmp_path, wrong):
+    """And where one of them is wrong, that is noted, and the sweep goes on."""
     asked = []
 
     def times(row, rounds):
         asked.append(row)
+        if wrong and row.order == "resident":
+            raise GateError("error 7 times its bound")
         return 1.0, {}
 
-    tuner = SimpleNamespace(present=PRESENT, times=times, l2=L2, architecture="sm_90")
-    tune.search(
-        tuner, Budget(0.5), tune.Results(tmp_path / "t.csv", PRESENT), Pieces(tmp_path), set()
-    )
+    tuner = SimpleNamespace(present=PRESENT, times=times, l2=L2)
+    results = tune.Results(tmp_path / "t.csv", PRESENT)
+    waiting = tune.candidates("sm_90", PRESENT)
+    tune.search(tuner, Budget(0.5), results, Pieces(tmp_path), set(), waiting)
+    assert len(environment.read(tmp_path).get("candidate", {})) == 2 * wrong
+    assert len(asked) > 3
     assert [row.order for row in asked[:3]] == ["ahead", "resident", "resident"]
     assert [row.programs for row in asked[1:3]] == [2, 1]
     assert all(tune.possible(row) for row in asked[:3])

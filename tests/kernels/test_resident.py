@@ -16,6 +16,8 @@ from tests.cases import OPTIONS, TERMS, Spec, bits, regimes
 from tests.ptx.machine import Fault
 from tests.trial import Trial, assert_skipped_steps_do_not_count
 
+pytestmark = pytest.mark.candidate
+
 ROW = tuning.CANDIDATES["sm_9"]
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
