@@ -101,6 +101,8 @@ class Gpu(TorchFunctionMode):
             args, kwargs = tree_map(lambda a: a if _is_gpu(a) is None else _CPU, (args, kwargs))
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
+        if isinstance(result, torch.Size):  # which tree_map would turn into a tuple
+            return result
         wanted = named[-1] if named else on_gpu and func is not Tensor.cpu
         return tree_map(lambda r: _placed(r, wanted) if isinstance(r, Tensor) else r, result)
 

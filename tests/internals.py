@@ -81,6 +81,11 @@ def point_at(tables: LaunchTables, w: int, g: int, v: int = 0, copy: int = 0) ->
     tables.rows.point(Addresses([w], [g], [v], [copy]))
 
 
+def spare_launches(optimizer: LARS) -> list[LaunchTables]:
+    """The tables that the next capture of the optimizer's last step would take."""
+    return optimizer._engine._graphs._spare[_last_step(optimizer)]
+
+
 def run(tables: LaunchTables, found_inf: Tensor | None = None) -> None:
     """One launch, or two, of these tables."""
     tables.step(Scaling(None, found_inf))

@@ -3,6 +3,9 @@
 A CUDA graph replays the copies and launches that it recorded, on the tables they were recorded
 with. So a captured step has its own tables, which live as long as the optimizer; and since pinned
 memory cannot be allocated during capture, the step before it makes them.
+
+Nothing tells the allocator on which stream a graph is replayed. So the optimizer must outlive the
+last replay, like every tensor that the graph reads (docs/guide/cuda-graphs.md).
 """
 
 from __future__ import annotations
@@ -10,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NoReturn
 from weakref import WeakKeyDictionary
+
+import torch
 
 from .launch_tables import LaunchTables
 from .tensors import StepTensors
@@ -43,7 +48,13 @@ class GraphPool:
     def reserve(self, step: object, make: Callable[[], list[LaunchTables]]) -> None:
         """Make the tables for a later capture of `step`; call this outside of a capture."""
         if step not in self._spare:
-            self._spare[step] = make()
+            # Captures outside of inference mode write into them too.
+            with torch.inference_mode(False), torch.no_grad():
+                self._spare[step] = make()
+
+    def drop(self, step: object) -> None:
+        """Forget the spare tables of `step`: its launches are no longer those."""
+        self._spare.pop(step, None)
 
     def take(self, step: object, tensors: StepTensors) -> list[LaunchTables]:
         """The tables for a capture of `step`, kept with its tensors for every replay."""

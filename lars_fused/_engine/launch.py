@@ -106,19 +106,28 @@ _COMPILED: dict[
 
 @functools.cache
 def functions() -> dict[KernelName, Kernel]:
-    """The kernels by name; ImportError where triton is missing."""
-    from ..kernels import l2norm, lars_resident, lars_step, lars_update
+    """The kernels that rows launch, by name; ImportError where triton is missing."""
+    from ..kernels import l2norm, lars_step, lars_update
 
     return {
         "l2norm": l2norm.l2norm,
         "lars_step": lars_step.lars_step,
         "lars_update": lars_update.lars_update,
-        "lars_resident": lars_resident.lars_resident,
     }
 
 
+def function(name: KernelName) -> Kernel:
+    """A kernel. The one in Gluon, which is experimental, is imported only if it is asked for."""
+    if name == "lars_resident":
+        from ..kernels import lars_resident
+
+        resident: Kernel = lars_resident.lars_resident
+        return resident
+    return functions()[name]
+
+
 def kernels() -> ModuleType:
-    """The package `kernels` with all its modules, for benchmarks and tests."""
+    """The package `kernels` with the modules that are launched, for benchmarks and tests."""
     functions()
     from .. import kernels
 
@@ -241,7 +250,7 @@ def constants(
         "BACKOFF": row.backoff,
         "EMULATE_BF16": emulate_bf16,
     }
-    names = functions()[kernel].arg_names
+    names = function(kernel).arg_names
     return {name: everything[name] for name in names if name in everything}
 
 
@@ -250,7 +259,7 @@ def run(
     device: torch.device,
 ) -> None:  # fmt: skip
     """One launch. Calling the cached compiled kernel skips Triton's argument analysis."""
-    kernel = functions()[name]
+    kernel = function(name)
     if device.type == "cpu":
         with _INTERPRETER_LOCK:
             kernel[(grid,)](*args, **constants(dtypes, row, name, True))

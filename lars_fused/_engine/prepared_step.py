@@ -255,6 +255,9 @@ class PreparedStep:
             )
         self._torch_parts.append(own)
         self._kernel_parts = [p for p in self._kernel_parts if p.index is not part.index]
+        if self._pool is not None:
+            self._pool.drop(self)
+            self._reserve(self._pool, options)
 
     def _norms_of_whole_layers(
         self, parts: list[_KernelPart], tensors: StepTensors, options: Sequence[Options],

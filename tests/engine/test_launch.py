@@ -1,5 +1,6 @@
 """Which backend runs and why, and what a step that fails or is skipped leaves behind."""
 
+import sys
 import warnings
 
 import pytest
@@ -48,6 +49,17 @@ def test_a_broken_triton_is_told_in_its_own_words(monkeypatch):
     monkeypatch.setattr(internals.launch, "functions", broken)
     reason = internals.launch.why_not(torch.device("cpu"))
     assert reason == "triton cannot be used (ImportError: libtriton.so: not found)"
+
+
+@cpu
+def test_a_triton_without_gluon_launches_all_that_rows_launch(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setitem(sys.modules, "lars_fused.kernels.lars_resident", None)
+    monkeypatch.delattr(internals.kernels(), "lars_resident", raising=False)
+    internals.launch.functions.cache_clear()
+    assert internals.launch.why_not(torch.device("cuda")) is None
+    with pytest.raises(ImportError):
+        internals.launch.function("lars_resident")
 
 
 @marked(cpu, interpret)

@@ -159,13 +159,14 @@ def test_the_number_of_launches_is_one_or_two():
     ("name", "arguments"),
     [
         ("lars_step", internals.launch.StepArguments),
+        ("lars_resident", internals.launch.StepArguments),
         ("l2norm", internals.launch.NormArguments),
         ("lars_update", internals.launch.UpdateArguments),
     ],
 )
 def test_arguments_bear_the_names_that_the_kernel_gives_them(name, arguments):
     """They are passed by position."""
-    names = internals.launch.functions()[name].arg_names
+    names = internals.launch.function(name).arg_names
     compile_time = internals.launch.constants(
         internals.Dtypes(*[torch.float32] * 4),
         internals.kernels().tuning.row_for("sm_90"), name, False,

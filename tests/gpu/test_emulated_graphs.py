@@ -116,3 +116,41 @@ def test_a_failed_launch_in_a_capture_raises_instead_of_falling_back(gpu, monkey
         internals.replace_launch(patch, fail)
         with pytest.raises(OSError, match="no such"), torch.cuda.graph(torch.cuda.CUDAGraph()):
             optimizer.step()
+
+
+def test_a_spare_made_in_inference_mode_serves_a_capture_outside_of_it(gpu):
+    p, optimizer = stepped()
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()  # takes the spare tables
+    with torch.inference_mode():
+        optimizer.step()  # makes others
+    graph, before = torch.cuda.CUDAGraph(), p.detach().clone()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    graph.replay()
+    assert not torch.equal(p, before)
+
+
+def test_a_launch_that_failed_before_a_capture_is_no_part_of_it(gpu, monkeypatch):
+    """The spare tables of the step are those of the launches that are left."""
+    internals.forget_warnings(monkeypatch)
+    params = [torch.nn.Parameter(torch.ones(40, device="cuda")) for _ in range(2)]
+    params[1].data = params[1].data.bfloat16()
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer = LARS(params, backend="auto", capturable=True)
+    optimizer.step()
+    assert len(internals.spare_launches(optimizer)) == 2
+
+    def fail(name, grid, args, dtypes, row, device):
+        if dtypes.w == torch.bfloat16:
+            raise OSError("no such device function")
+        real(name, grid, args, dtypes, row, device)
+
+    with monkeypatch.context() as patch:
+        real = internals.replace_launch(patch, fail)
+        with pytest.warns(RuntimeWarning, match="could not be launched"):
+            optimizer.step()
+    left = [tables.schedule.dtypes for tables in internals.spare_launches(optimizer)]
+    assert left == [tables.schedule.dtypes for tables in internals.launches(optimizer)]
+    assert [dtypes.w for dtypes in left] == [torch.float32]
