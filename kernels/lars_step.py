@@ -39,6 +39,7 @@ from .queue import (
     TICKET_MASK,
     ask,
     draw,
+    end_of_launch,
     receive,
     unpack_item,
     wait_for_ratio,
@@ -181,7 +182,5 @@ def lars_step(
         ticket = next_ticket
         item = next_item
 
-    # Every program ends on one ticket past the work. The very last ticket resets the queue for
-    # the next launch; a skipped step does not count, so that "first step" stays first.
-    if ticket == todo + tl.num_programs(0) - 1:
-        tl.store(counter, (epoch + taken).to(tl.int64) << TICKET_BITS)
+    last = todo + tl.num_programs(0) - 1
+    end_of_launch(counter, watch, ticket, last, epoch, taken)

@@ -44,6 +44,24 @@ def watch_start(watch, epoch):
 
 
 @triton.jit
+def end_of_launch(counter, watch, ticket, last, epoch, taken):
+    """By every program on its one ticket past the work; `last`: the last one of the launch.
+
+    Its holder resets the queue for the next launch; a skipped step does not count, so that "first
+    step" stays first. If found_inf was written during the launch, programs disagree on the work,
+    and the next launch may find its queue beyond the start. Two signs of that are noted: a ticket
+    after the last, and a step that is skipped though its ticket 0 was not.
+    """
+    if ticket >= last:
+        lost = ticket > last
+        if ticket == last:
+            lost = (taken == 0) & (tl.load(watch + _LAST_EPOCH) == epoch)
+            tl.store(counter, (epoch + taken).to(tl.int64) << TICKET_BITS)
+        if lost:
+            tl.store(watch + _LOST_EPOCH, epoch)
+
+
+@triton.jit
 def draw(counter, THREADS: tl.constexpr):
     """Issue the atomic for the next ticket without waiting for its result.
 

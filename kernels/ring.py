@@ -19,6 +19,9 @@ from .memory import chunk_span, pointer_to
 from .queue import unpack_item
 from .sums import add_tail_squares, by_thread, in_plain_units, rescue_unit, squares, sum3
 
+# Since Triton 3.9 it has another name, and the one before raises.
+_send = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+
 _UPDATE = gl.constexpr(layout.UPDATE)
 _W_AT = gl.constexpr(layout.W_AT)
 _G_AT = gl.constexpr(layout.G_AT)
@@ -93,8 +96,8 @@ def start_copy(
     there = (kind != 0) & (whole > 0) & (lane >= 0)
     w_at = pointer_to(w_address, W_DT, W_ALIGN, False) + start + lane
     g_at = pointer_to(g_address, G_DT, G_ALIGN, False) + start + lane
-    async_copy.async_copy_global_to_shared(w_ring.index(slot), w_at, mask=there)
-    async_copy.async_copy_global_to_shared(g_ring.index(slot), g_at, mask=there)
+    _send(w_ring.index(slot), w_at, mask=there)
+    _send(g_ring.index(slot), g_at, mask=there)
     async_copy.commit_group()
 
 

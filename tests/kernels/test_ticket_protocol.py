@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 
 import pytest
 
 from lars_fused._engine.plan import make_plan, unpack_items
-from lars_fused.kernels.layout import NORM, UPDATE
+from lars_fused.kernels.layout import BOTH, NORM, UPDATE
 from tests.kernels.ticket_model import (
     Deadlock,
     Item,
@@ -16,6 +17,7 @@ from tests.kernels.ticket_model import (
     Step,
     TwoQueues,
     Violation,
+    interleave,
     run_step,
 )
 
@@ -150,3 +152,41 @@ def test_skipping_must_not_raise_the_epoch():
         run_step(Step(items, 3, state, number, skip), 2, rng)
         assert state.counter - before == (0 if skip else 1 << 32)
         assert state.flags[0][1] == ((3, 0, 2) if number == 3 else (0, 0, 2))
+
+
+def unnoticed(protocol: Protocol, seed: int) -> bool:
+    """Whether launches after one during which found_inf was written lose items without a word.
+
+    Items that wait for nobody: others of such a launch may wait for an item that nobody has taken.
+    """
+    rng = random.Random(seed)
+    items = [(BOTH, tensor, 0) for tensor in range(rng.randrange(1, 9))]
+    programs, state = rng.randrange(1, 7), State(len(items))
+    resident = rng.randrange(1, programs + 1)
+    step = Step(items, programs, state, 0, rng.random() < 0.5, protocol)
+    interleave(step, resident, rng, flip=0.15)
+    for number in (1, 2):
+        step = Step(items, programs, state, number, protocol=protocol)
+        interleave(step, resident, rng)
+        if step.done != Counter(items):
+            return not state.noticed()
+    return False
+
+
+def test_found_inf_written_during_a_launch_loses_nothing_unnoticed_in_later_ones():
+    assert not any(unnoticed(RIGHT, seed) for seed in range(4000))
+
+
+@pytest.mark.parametrize("sign", ["notice_late_tickets", "notice_skipped_end"])
+def test_both_signs_of_it_are_needed(sign):
+    assert any(unnoticed(Protocol(**{sign: False}), seed) for seed in range(4000))
+
+
+def test_what_nobody_disturbs_is_never_reported():
+    for seed in range(1000):
+        rng = random.Random(seed)
+        items, tensors = random_items(rng)
+        state = State(tensors)
+        for number in range(4):
+            run_step(Step(items, 5, state, number, rng.random() < 0.4), 3, rng)
+            assert not state.noticed()

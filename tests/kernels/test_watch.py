@@ -5,6 +5,7 @@ import torch
 
 from lars_fused import LARS
 from lars_fused._engine.queue_state import lost_epoch
+from lars_fused.kernels import layout
 from tests import internals
 
 pytestmark = pytest.mark.interpret
@@ -47,6 +48,24 @@ def test_a_queue_beyond_its_start_is_named_at_once_and_ever_after():
     internals.run(tables)
     internals.run(tables)
     assert lost_epoch(tables.memory.counter, tables.memory.watch) == 2
+
+
+def test_programs_that_disagreed_on_found_inf_are_noticed():
+    """A step ends as skipped whose ticket 0 was taken, while others still draw tickets."""
+    tables = tables_after(1, numels=(9, 8, 7, 6, 5))
+    tables.memory.watch[layout.LAST_EPOCH] = 2  # by the program that held ticket 0
+    internals.run(tables, torch.ones(1))  # the others see the flag
+    tables.memory.counter.add_(4)
+    internals.run(tables)  # its last item is all that it does, and its epoch follows the one before
+    assert tables.memory.counter.item() == 3 << 32
+    assert lost_epoch(tables.memory.counter, tables.memory.watch) == 2
+
+
+def test_a_ticket_after_the_last_is_noticed():
+    tables = tables_after(1, numels=(9, 8, 7, 6, 5))
+    tables.memory.counter.add_(5 + tables.programs)
+    internals.run(tables)
+    assert tables.memory.watch[layout.LOST_EPOCH] == 2
 
 
 def test_the_optimizer_says_so_where_it_waits_for_the_device_anyway():

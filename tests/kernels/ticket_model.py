@@ -32,6 +32,8 @@ class Protocol:
     prefetch: bool = True
     reset_arrivals: bool = True
     last_ticket_resets: bool = True
+    notice_late_tickets: bool = True  # one that comes after the last
+    notice_skipped_end: bool = True  # a skipped step whose ticket 0 was not skipped
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class State:
     ended: int = 0  # programs, with two queues
     arrivals: list[int] = field(default_factory=list)
     flags: list[tuple[int, object]] = field(default_factory=list)  # (epoch, ratio)
+    last_epoch: int = 0  # of the last launch that handed out its ticket 0
+    lost_epoch: int = 0  # of a launch that is known to have lost work
 
     def __post_init__(self) -> None:
         self.arrivals = [0] * self.tensors
@@ -64,6 +68,11 @@ class State:
     def draw(self) -> tuple[int, int]:
         word, self.counter = self.counter, self.counter + 1
         return word >> 32, word & 0xFFFFFFFF
+
+    def noticed(self) -> bool:
+        """What `queue_state.lost_epoch` says."""
+        at_start = self.counter & 0xFFFFFFFF == 0 and self.last_epoch == (self.counter >> 32) - 1
+        return self.lost_epoch > 0 or not at_start
 
 
 @dataclass
@@ -89,9 +98,15 @@ class Step:
 
     def program(self, index: int) -> Iterator[str]:
         """Yields "go" where it may be interrupted and "wait" where it polls in vain."""
-        n_items = 0 if self.skip else len(self.items)
+        skip = self.skip
+        n_items = 0 if skip else len(self.items)
         yield "go"
         epoch, ticket = self._next(index, None)
+        if ticket == 0 and not skip:
+            yield "go"
+            if self.state.last_epoch != epoch - 1:
+                self.state.lost_epoch = epoch - 1
+            self.state.last_epoch = epoch
         while True:
             following = None
             if ticket < n_items and self.protocol.prefetch:
@@ -104,9 +119,17 @@ class Step:
                 yield "go"
                 following = self._next(index, ticket)
             epoch, ticket = following
-        if self.protocol.last_ticket_resets and ticket == n_items + self.programs - 1:
+        last = n_items + self.programs - 1
+        if self.protocol.notice_late_tickets and ticket > last:
             yield "go"
-            self.state.counter = (epoch if self.skip else epoch + 1) << 32
+            self.state.lost_epoch = epoch
+        if self.protocol.last_ticket_resets and ticket == last:
+            yield "go"
+            taken = self.state.last_epoch == epoch
+            if self.protocol.notice_skipped_end and skip and taken:
+                self.state.lost_epoch = epoch
+            yield "go"
+            self.state.counter = (epoch if skip else epoch + 1) << 32
 
     def two_queues(self, index: int) -> Iterator[str]:
         """The same for `TwoQueues`."""
@@ -175,9 +198,11 @@ class Step:
         return found == epoch if self.protocol.check_epoch else ratio is not None
 
 
-def run_step(step: Step, resident: int, rng: random.Random) -> None:
-    """Interleave the programs at random until all have ended; check the step's outcome."""
-    epoch = step.state.counter >> 32
+def interleave(step: Step, resident: int, rng: random.Random, flip: float = 0.0) -> None:
+    """Run the programs at random until all have ended.
+
+    ``flip``: how probable it is that somebody writes found_inf before a program goes on.
+    """
     waiting_to_start = list(range(step.programs))
     rng.shuffle(waiting_to_start)  # the hardware promises no order of starting
     running: list[Iterator[str]] = []
@@ -187,6 +212,8 @@ def run_step(step: Step, resident: int, rng: random.Random) -> None:
             begin = step.two_queues if isinstance(step.protocol, TwoQueues) else step.program
             running.append(begin(waiting_to_start.pop()))
         at = rng.randrange(len(running))
+        if flip and rng.random() < flip:
+            step.skip = not step.skip
         burst = rng.choice((1, 1, 2, 5, 20))  # now and then one program runs far ahead
         for _ in range(burst):
             said = next(running[at], "end")
@@ -200,6 +227,11 @@ def run_step(step: Step, resident: int, rng: random.Random) -> None:
                 del running[at]
                 break
 
+
+def run_step(step: Step, resident: int, rng: random.Random) -> None:
+    """Interleave the programs at random until all have ended; check the step's outcome."""
+    epoch = step.state.counter >> 32
+    interleave(step, resident, rng)
     expected = Counter() if step.skip else Counter(step.items)
     if step.done != expected:
         raise Violation(f"items done wrongly: {(step.done - expected) + (expected - step.done)}")
