@@ -15,7 +15,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -51,7 +50,8 @@ class OnGpu(Tensor):
     """CPU memory that is taken for a GPU's."""
 
     def record_stream(self, stream: Any) -> None:
-        """Nothing is freed early here; torch's own takes none but real streams."""
+        """Torch's own takes none but real streams."""
+        stream.told_of.add(self.data_ptr())
 
 
 def _is_gpu(value: Any) -> bool | None:
@@ -61,6 +61,16 @@ def _is_gpu(value: Any) -> bool | None:
     if isinstance(value, str) and value.split(":")[0] in ("cuda", "cpu"):
         return value.startswith("cuda")
     return None
+
+
+class Stream:
+    """Stands in for torch.cuda.Stream: nothing runs late, and what it is told is kept."""
+
+    def __init__(self, *_: Any) -> None:
+        self.waited_for: list[Stream] = []
+        self.told_of: set[int] = set()  # addresses of memory that it uses
+        self.synchronize = lambda: None
+        self.wait_stream = self.waited_for.append
 
 
 class Graph:
@@ -82,7 +92,7 @@ class Gpu(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.capture: Graph | None = None
-        self.streams = [_stream()]
+        self.streams = [Stream()]
         self.launches: list[str] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -135,10 +145,6 @@ def _placed(t: Tensor, on_gpu: bool) -> Tensor:
     return t.detach().clone().as_subclass(Tensor)
 
 
-def _stream() -> Any:
-    return SimpleNamespace(wait_stream=lambda other: None, synchronize=lambda: None)
-
-
 @contextmanager
 def _current(gpu: Gpu, stream: Any) -> Iterator[None]:
     gpu.streams.append(stream)
@@ -150,7 +156,7 @@ def _current(gpu: Gpu, stream: Any) -> Iterator[None]:
 
 @contextmanager
 def _capturing(gpu: Gpu, graph: Graph) -> Iterator[None]:
-    gpu.streams.append(_stream())
+    gpu.streams.append(Stream())
     gpu.capture = graph
     try:
         yield
@@ -195,7 +201,7 @@ def emulated_gpu() -> Iterator[Gpu]:
     replaced: dict[str, Any] = {
         "CUDAGraph": Graph,
         "graph": lambda graph: _capturing(gpu, graph),
-        "Stream": lambda *_: _stream(),
+        "Stream": Stream,
         "stream": lambda stream: _current(gpu, stream),
         "current_stream": lambda *_: gpu.streams[-1],
         "set_stream": lambda stream: gpu.streams.__setitem__(slice(None), [stream]),

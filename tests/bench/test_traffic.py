@@ -193,18 +193,15 @@ def test_a_hint_that_is_ignored_costs_bytes():
     assert honoured.per_parameter + 1 < ignored.per_parameter <= 28
 
 
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)
 @pytest.mark.parametrize("model", MODELS)
-def test_the_plan_covers_the_waits_of_every_model(model):
-    """Half of all tensors wait behind as many items as there are programs, where there are more."""
-    choice, gpu = Choice(), GPUS["H200"]
+def test_the_plan_covers_the_waits_of_every_model(model, gpu):
+    """Behind a tensor's last norm come as many items as there are programs, then its updates."""
+    choice = Choice()
     programs = choice.per_sm * gpu.multiprocessors
-    plan = planned(model, gpu, choice)
-    found = quality(plan, choice.chunk, programs)
-    waiting = len({t for t, slot in enumerate(plan.slots) if slot >= 0})
-    if waiting > 10:
-        assert found.median_cover >= 1
-    if model in ("ResNet-50", "ViT-B/16"):
-        assert found.least_cover >= 0.85
+    found = quality(planned(model, gpu, choice), choice.chunk, programs)
+    # A tensor that is alone has nothing to wait behind.
+    assert found.least_cover >= (0 if model == "one 100M tensor" else 0.99)
 
 
 def test_the_kept_predictions_are_of_every_model():
