@@ -132,7 +132,7 @@ def test_any_schedule_gives_the_same_bits(row, machine):
     """Programs in random turns, warps apart, copies that arrive at once or when waited for."""
     expected = stepped("cpu", 2, sizes(row), steps=1)
     for seed in range(3):
-        machine.schedule = {"seed": seed, "by_warp": seed == 1, "early_copies": seed == 2}
+        machine.schedule = {"seed": seed, "by_warp": seed > 0, "early_copies": seed == 2}
         assert stepped("cpu", 1, sizes(row), steps=1) == expected, machine.schedule
     assert machine.launches[-1] == "lars_resident"
 

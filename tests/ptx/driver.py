@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 from unittest import mock
 
 import torch
@@ -127,9 +127,7 @@ class Driver(DriverBase):
 
 
 def _kernels() -> list[Any]:
-    """Every kernel: what bears the name of its module."""
-    named = [getattr(module, name, None) for name, module in vars(launch.kernels()).items()]
-    return [kernel for kernel in named if hasattr(kernel, "device_caches")]
+    return [launch.function(name) for name in get_args(launch.KernelName)]
 
 
 _drivers: dict[int, Driver] = {}
