@@ -265,10 +265,13 @@ class LaunchTables:
 
 def _launches(preferred: int) -> int:
     """Launches per step: as set in the environment, or the architecture's choice."""
-    launches = int(os.environ.get(_ENVIRONMENT_LAUNCHES, preferred))
-    if launches not in (1, 2):
-        raise ValueError(f"{_ENVIRONMENT_LAUNCHES}={launches} is not allowed; must be 1 or 2")
-    return launches
+    asked = os.environ.get(_ENVIRONMENT_LAUNCHES, str(preferred))
+    if asked not in ("1", "2"):
+        raise ValueError(
+            f"{_ENVIRONMENT_LAUNCHES}={asked} is not allowed; must be 1 or 2, or unset for the "
+            "architecture's own choice"
+        )
+    return int(asked)
 
 
 @contextlib.contextmanager
