@@ -80,12 +80,14 @@ BITWISE = "kernels/bitwise:one_launch"
 REGIMES = "kernels/compiled:regime"
 # One build each: the one-launch kernel in fp32 for sm_90.
 FP32_STEP = "sm_90 and lars_step and not bf16 and not fp16 and not atomic"
-ORDER = "kernels/codegen:data_is_asked and sm_90 and not bf16 and not fp16 and not atomic"
+ORDER = "kernels/walk:data_is_asked and sm_90 and not bf16 and not fp16 and not atomic"
 BUDGET = f"kernels/codegen:stay_in_budget and {FP32_STEP}"
 WIDE = f"kernels/codegen:wide_accesses and {FP32_STEP}"
-LATENCY = "kernels/codegen:latencies and sm_90"
-TAIL = "kernels/codegen:tail_has and sm_90"
-HELD = "kernels/codegen:told_what_to_keep and sm_90"
+LATENCY = "kernels/walk:latencies and sm_90"
+BATCH = f"kernels/walk:loads_of_a_block and {FP32_STEP}"
+SLEEP = f"kernels/walk:sleeps_between and {FP32_STEP}"
+TAIL = "kernels/walk:tail_has and sm_90"
+HELD = "kernels/walk:told_what_to_keep and sm_90"
 FAULTS = [
     Fault("momentum is forgotten", "interpret", EVERY_OPTION, RULE,
           "v = momentum * v + keep * u", "v = keep * u"),
@@ -252,6 +254,14 @@ FAULTS = [
     Fault("machine code: next item read at the end", "codegen", LATENCY, STEP,
           "        item = next_item\n",
           "        item = tl.load(items + next_ticket, mask=next_ticket < todo, other=0)\n"),
+    Fault("machine code: g is asked for when w is there", "codegen", BATCH, SUMS,
+          "g = load_block(g_address, at, there,",
+          "g = load_block(g_address, at, there & (tl.max(w.to(tl.float32)) < 3e38),"),
+    Fault("machine code: momentum is asked for when w is there", "codegen", BATCH, RULE,
+          "mask=there & (v_address != 0), other",
+          "mask=there & (v_address != 0) & (tl.max(w.to(tl.float32)) < 3e38), other"),
+    Fault("machine code: polls without a pause", "codegen", SLEEP, QUEUE,
+          "        if BACKOFF:\n", "        if BACKOFF < 0:\n"),
     Fault("machine code: a tail waits at each turn", "codegen", TAIL, MEMORY,
           "TAIL_TURNS = tl.constexpr(8)", "TAIL_TURNS = tl.constexpr(1)"),
     Fault("machine code: registers for more programs than fit", "codegen", BUDGET, TUNING,

@@ -29,9 +29,12 @@ ROOT = Path(__file__).resolve().parent.parent
 # The longest first, so that it does not start last.
 TIERS = ("interpret", "ptx", "codegen", "floor", "cpu")
 CHOICES = ("all", "lint", "gpu", "candidate", *TIERS)
-# A kernel that waits to be measured is no part of what the gpu tier vouches for.
+# The tier floor is two processes, since triton reads at import whether it is to interpret.
+FLOOR = ("floor", "floor-codegen")
 MARKS = {
     "floor": "floor and interpret",
+    "floor-codegen": "codegen and floor",
+    # A kernel that waits to be measured is no part of what the gpu tier vouches for.
     "gpu": "gpu and not candidate",
     "candidate": "gpu and candidate",
 }
@@ -65,7 +68,7 @@ class Outcome:
         skipped = f", {self.skipped} skipped" if self.skipped else ""
         verdict = "FAILED" if self.failed else "ok"
         counts = f"{self.passed} passed, {self.failed} failed{skipped}"
-        return f"{verdict:6}  {self.job.name:12} {self.seconds:6.1f} s   {counts}"
+        return f"{verdict:6}  {self.job.name:13} {self.seconds:6.1f} s   {counts}"
 
 
 def lint_jobs() -> list[Job]:
@@ -85,7 +88,7 @@ def tier_job(tier: str, reports: Path, args: argparse.Namespace, workers: int) -
     env = {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
     if tier in ("interpret", "floor"):
         env["TRITON_INTERPRET"] = "1"
-    if tier == "floor":
+    if tier in FLOOR:
         env["PYTHONPATH"] = os.pathsep.join(
             [str(args.floor.resolve()), *filter(None, [os.environ.get("PYTHONPATH")])]
         )
@@ -182,6 +185,8 @@ def main(argv: list[str]) -> int:
     if args.floor is None and whole:
         tiers.remove("floor")
         print("floor: not run, no folder with the oldest supported triton was given", flush=True)
+    if "floor" in tiers:
+        tiers.insert(tiers.index("floor"), "floor-codegen")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = (cores or 1) // max(len(tiers), 1)
     outcomes = []

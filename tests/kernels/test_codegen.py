@@ -7,41 +7,19 @@ prints the numbers that these tests hold to their caps.
 import csv
 import re
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import fields
 
 import pytest
 import triton
 
-from bench import assembly, codegen, launch_model, walk
+from bench import assembly, codegen
 from bench.assembly import control_flow
 from bench.codegen import RESULTS, TARGETS, Build, Row, Spec, build, measure
 from lars_fused._engine import validate
-from lars_fused.kernels.memory import TAIL_TURNS
 from lars_fused.kernels.tuning import row_for
+from tests.kernels.builds import ALL, FLOOR, NVIDIA, builds, fast_blocks, label, values
 
 pytestmark = pytest.mark.codegen
-
-NVIDIA = [target for target in TARGETS if target.startswith("sm")]
-ALL = [(spec, target) for target in TARGETS for spec in codegen.specialisations(target)]
-# A build takes up to four seconds. `make test` makes those of every case for sm_90, and for the
-# other targets those of fp32 alone, of two sizes side by side, and of 16 bits alone; `make fuzz`
-# makes the rest. What was compiled of the rest is in the kept table, whose every line is held to
-# the budgets, and which must be written anew as soon as a build differs from its line.
-EVERYWHERE = {
-    "w=fp32 g=fp32 v=fp32", "w=fp32 g=bf16 v=fp32 copy=bf16",
-    "w=fp16 g=fp16 v=fp16", "w=fp32 g=fp32", "w=bf16 g=bf16 beside fp32", "w=fp16",
-}  # fmt: skip
-
-
-def builds(pairs: Sequence[tuple[Spec, str]]) -> list:
-    """Parameters of a test that takes builds; those of `make fuzz` alone are marked."""
-    often = [target == "sm_90" or spec.case in EVERYWHERE for spec, target in pairs]
-    return [
-        pytest.param(pair, marks=[] if quick else pytest.mark.slow)
-        for pair, quick in zip(pairs, often, strict=True)
-    ]
-
 
 # Registers a thread, on NVIDIA and on AMD: the most that any case took with triton 3.6.0 or 3.7.1
 # (bench/results/codegen), rounded up to the 8 that hardware allocates at a time. The cap of
@@ -52,10 +30,6 @@ REGISTERS = {"lars_update": (64, 104), "l2norm": (80, 96)}
 SHARED = {"lars_step": 64, "lars_update": 8, "l2norm": 64}
 
 
-def label(pair: tuple[Spec, str]) -> str:
-    return f"{pair[1]}-{pair[0].name}-{pair[0].case}"
-
-
 @pytest.fixture(scope="module", params=builds(ALL), ids=label)
 def made(request: pytest.FixtureRequest) -> Build:
     return build(*request.param)
@@ -64,44 +38,6 @@ def made(request: pytest.FixtureRequest) -> Build:
 @pytest.fixture
 def row(made: Build) -> Row:
     return measure(made)
-
-
-def values(spec: Spec) -> dict:
-    return dict(spec.constexprs)
-
-
-def dtypes(spec: Spec) -> dict:
-    """Storage types that the kernel touches, by operand."""
-    every = {name: values(spec).get(f"{name}_DT") for name in ("W", "G", "V", "COPY")}
-    return {name: dtype for name, dtype in every.items() if dtype is not None}
-
-
-def fast_blocks(spec: Spec, threads: int) -> list[Counter]:
-    """Accesses of one thread in each whole-block loop: what a perfect compiler would emit.
-
-    All tiles of a kernel share one layout, so that each thread holds equally many elements of every
-    operand: 128 bits of the widest type, and 64 of a 2-byte type beside a 4-byte one.
-    """
-    types = dtypes(spec)
-    widest = max(dtype.primitive_bitwidth for dtype in types.values())
-    if spec.case.endswith("beside fp32"):  # norms for an update of fp32 momentum or master weights
-        widest = 32
-
-    def block(loaded: str, stored: str) -> Counter:
-        count: Counter = Counter()
-        for kind, names in (("ld", loaded), ("st", stored)):
-            for bits in (types[n].primitive_bitwidth for n in names.split() if n in types):
-                width = 128 * bits // widest
-                accesses, rest = divmod(values(spec)["BLOCK"] * bits, threads * width)
-                assert rest == 0, f"{threads} threads are too many for {width}-bit accesses"
-                count[f"{kind}{width}"] += accesses
-        return count
-
-    norm, update = block("W G", ""), block("W G V", "W V COPY")
-    # Norms stand twice: the first try, and the one in rescaled units.
-    return {"lars_step": [norm, norm, update], "l2norm": [norm, norm], "lars_update": [update]}[
-        spec.name
-    ]
 
 
 def loops(made: Build) -> list[tuple[str, ...]]:
@@ -288,89 +224,15 @@ def counts_in_a_chunk(code: dict[str, tuple[str, str]], name: str) -> bool:
     return op in known and all(counts_in_a_chunk(code, operand) for operand in operands)
 
 
-POLLED = [(s, t) for s, t in ALL if s.name == "lars_step"]
-
-
-@pytest.mark.parametrize("pair", builds(POLLED), ids=label)
+@pytest.mark.parametrize(
+    "pair", builds([(s, t) for s, t in ALL if s.name == "lars_step"]), ids=label
+)
 def test_the_poll_survives_in_a_loop(pair: tuple[Spec, str]) -> None:
     spec, target = pair
     # A loop around a plain load is deleted; one around a volatile load is hoisted on AMD.
     atomic = values(spec)["POLL_ATOMIC"]
     form = "coherent" if target == "gfx942" else "relaxed" if atomic else "volatile"
     assert form in measure(build(spec, target)).poll.split("+")
-
-
-ON_NVIDIA = [(s, t) for s, t in POLLED if t in NVIDIA]
-
-
-def positions(lines: Sequence[str], pattern: str) -> list[int]:
-    return [n for n, line in enumerate(lines) if re.search(pattern, line)]
-
-
-@pytest.mark.parametrize("pair", builds(ON_NVIDIA), ids=label)
-def test_data_is_asked_for_before_ticket_and_ratio(pair: tuple[Spec, str]) -> None:
-    """In an update the first block's loads come before the poll, and that before the next item.
-
-    The ticket is received (shared memory) after them, and the item's word read after that.
-    """
-    spec, target = pair
-    lines = walk.update_path(build(spec, target))
-    data = positions(lines, r"^@P\d LDG\.E\.(?:EF\.)?(?:64|128) ")
-    stores = positions(lines, walk.UPDATE_STORE)
-    poll, received = positions(lines, walk.poll(spec))[0], positions(lines, r"\bLDS\b")[0]
-    block = fast_blocks(spec, 32 * spec.warps)[-1]
-    first = [n for n in data if n < stores[0]]
-    assert len(first) == sum(n for kind, n in block.items() if kind[:2] == "ld")
-    assert max(first) < poll < stores[0]
-    assert max(first) < received < stores[0]
-
-
-@pytest.mark.parametrize("target", NVIDIA)
-def test_the_cache_is_told_what_to_keep(target: str) -> None:
-    """A norm's w and g are held, the update's reads and writes of w and g leave first."""
-    spec = specialisation(target)
-    turns = values(spec)["BLOCK"] // (4 * 32 * spec.warps)  # 128-bit loads of each operand
-    lines = walk.update_path(build(spec, target))
-    before_stores = lines[: positions(lines, walk.UPDATE_STORE)[0]]
-    assert len(positions(before_stores, walk.UPDATE_LOAD)) == 2 * turns
-    held, last, plain = (
-        len(re.findall(rf"LDG\.E\.{hint}128", build(spec, target).machine))
-        for hint in (r"EL\.", r"EF\.", "")
-    )
-    assert held >= 4 * turns, "of w and g, before the loop over blocks and in it"
-    assert last == 2 * plain >= 4 * turns, "w and g beside v, which has no hint"
-
-
-@pytest.mark.parametrize("target", NVIDIA)
-def test_latencies_along_the_machine_code(target: str) -> None:
-    """Cycles by `bench/walk.py` (predictions): what issue and plan count on."""
-    found = walk.figures(build(specialisation(target), target))
-    assert found.update_first_load <= 1300
-    assert found.norm_first_load <= 1300
-    # Triton 3.7.1's; with 3.6.0 the last partial sums come in a second batch on sm_100 (2,615).
-    assert found.publication <= 2300
-    # No L2 latency of the next item's word is waited for, but for part of one on sm_80, where
-    # ptxas puts the word into uniform registers at once (135 cycles).
-    share = 2 if target == "sm_80" else 4
-    assert found.next_item_exposed < walk.LATENCY["descriptor"] / share
-
-
-@pytest.mark.parametrize("target", NVIDIA)
-def test_a_tail_has_five_turns_in_flight_before_it_stores(target: str) -> None:
-    """The loads of a tail's last turns follow its first store, where ptxas saves registers."""
-    blocks = [b.lines for b in control_flow(build(specialisation(target), target).machine)]
-    store = r"STG\.E (?:desc|\[)"
-    found = [(positions(b, walk.TAIL), positions(b, store)) for b in blocks]
-    ((loads, stores),) = [(loads, stores) for loads, stores in found if loads and stores]
-    turns = TAIL_TURNS.value
-    assert turns == launch_model.NOW.tail_turns
-    assert (len(loads), len(stores)) == (turns * 3, turns * 2)  # w, g and v; w and v
-    assert sum(load < min(stores) for load in loads) >= 5 * 3
-
-
-def specialisation(target: str) -> Spec:
-    """The one-launch kernel in fp32."""
-    return codegen.specialisations(target)[0]
 
 
 def test_every_ordered_atomic_of_the_protocol_is_there(made: Build) -> None:
@@ -432,6 +294,7 @@ def test_kept_table_matches_the_compiler(row: Row) -> None:
     assert kept == [row], "run `python -m bench.codegen` and look at what changed"
 
 
+@FLOOR
 def test_kept_table_has_every_build_within_its_budget() -> None:
     rows = kept_rows()
     expected = {(spec.name, spec.case, target) for spec, target in ALL}
