@@ -184,9 +184,10 @@ def test_addresses_are_computed_in_64_bits(made: Build) -> None:
 def definitions(ttir: str) -> dict[str, tuple[str, str]]:
     """Operation and operands behind every name; a loop's variable is a `loop` of its start."""
     code: dict[str, tuple[str, str]] = {}
+    first: list[tuple[str, str]] = []  # of the latest loop, its variables and where they start
     current: dict[str, str] = {}  # a name may return in a later region: the latest is meant
     for line in ttir.splitlines():
-        line = re.sub(r" loc\(.*", "", line)
+        line = re.sub(r" loc\([^()]*(?:\([^()]*\)[^()]*)*\)", "", line)
         left, equals, right = line.partition(" = ")
         right = re.sub(r"%\w+", lambda name: current.get(name[0], name[0]), right)
         if defined := re.match(r"\s*(%\w+)", left) if equals else None:
@@ -199,6 +200,10 @@ def definitions(ttir: str) -> dict[str, tuple[str, str]]:
             if found[2] in ("scf.while", "scf.for"):
                 first = re.findall(r"(%\w+) = (%[\w#]+)", found[3])
                 code |= {variable: ("loop", value) for variable, value in first}
+        elif line.lstrip().startswith("^bb0("):  # of a loop's body: its variables once more
+            for name, (_, value) in zip(re.findall(r"(%\w+):", line), first, strict=False):
+                current[name] = f"{name}_{len(code)}" if name in code else name
+                code[current[name]] = ("loop", value)
     return code
 
 
