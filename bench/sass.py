@@ -6,6 +6,7 @@ there yet. What a memory access takes is assumed (`LATENCY`); the rest are usual
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import deque
 from collections.abc import Sequence
@@ -105,6 +106,7 @@ def walk(lines: Sequence[str], free: str = "$^") -> list[Step]:
     return steps
 
 
+@functools.cache
 def _latency(text: str) -> int:
     base = _parse(text)[1].split(".")[0]
     if base == "LDG":
@@ -116,6 +118,7 @@ def _latency(text: str) -> int:
     return _UNITS.get(base, _ALU)
 
 
+@functools.cache
 def _parse(text: str) -> tuple[str, str, list[str]]:
     found = re.match(r"(?:@!?(U?P[\dT]) )?\s*([\w.]+)\s*(.*)", text)
     assert found, text
@@ -128,6 +131,7 @@ _WRITES_NOTHING = (
 )  # fmt: skip
 
 
+@functools.cache
 def operands(text: str) -> tuple[list[str], list[str]]:
     """Registers and predicates that an instruction writes, and those that it reads."""
     guard, op, parts = _parse(text)

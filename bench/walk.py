@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -127,6 +128,7 @@ def update_path(made: Build) -> Item:
     return _item(made, waypoints, NORM_LOAD)
 
 
+@functools.cache
 def figures(made: Build) -> Figures:
     """Walk the paths of a build of `lars_step` for an NVIDIA target."""
     norm, update = norm_path(made), update_path(made)
