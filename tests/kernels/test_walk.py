@@ -15,9 +15,10 @@ import pytest
 import triton
 
 from bench import codegen, launch_model, walk
-from bench.assembly import control_flow
+from bench.assembly import Block, control_flow
 from bench.codegen import Build, Spec, build
-from bench.sass import DATA, operands
+from bench.sass import DATA, LATENCY, instructions, operands, route
+from bench.sass import walk as walk_along
 from lars_fused.kernels.memory import TAIL_TURNS
 from lars_fused.kernels.tuning import row_for
 from tests.kernels.builds import (
@@ -93,6 +94,20 @@ def test_a_batch_ends_where_any_of_it_is_used() -> None:
     first, second = (f"@P1 LDG.E.EF.128 R{n}, desc[UR4][R2.64]" for n in (8, 16))
     assert batches([first, "FADD R0, R1, R7", second, "FADD R0, R1, R19"]) == [2]
     assert batches([first, "FADD R0, R1, R11", second, "FADD R0, R1, R19"]) == [1, 1]
+
+
+def test_a_walk_by_hand() -> None:
+    """Both registers of a float64; data of 64 bits; loads of a last turn, which are not made."""
+    assert operands("F2F.F64.F32 R16, R4") == (["R16", "R17"], ["R4"])
+    assert operands("@!P1 F2F.F32.F64 R4, R10") == (["R4"], ["R10", "R11", "P1"])
+    loads = ["@P1 LDG.E.EL.64 R8, desc[UR4][R2.64]", "LDG.E.64 R12, desc[UR4][R2.64+0x8]"]
+    data, descriptor = (LATENCY[kind] for kind in ("data", "descriptor"))
+    steps = walk_along([*loads, "FADD R0, R0, R13", "FADD R0, R0, R9"])
+    assert [step.cycle for step in steps] == [0, 1, 1 + descriptor, data]
+    block = Block((loads[0], "FADD R0, R0, R9", "@P1 BRA 0x10"), (0, 1))
+    blocks = [block, Block(("EXIT",), ())]
+    lines = instructions(blocks, route(blocks, ["LDG", "EXIT"], "BAR"), turns=2)
+    assert lines == [*block.lines, "@P1 NOP", *block.lines[1:], "EXIT"]
 
 
 @pytest.mark.parametrize("target", NVIDIA)
