@@ -42,7 +42,8 @@ class Row(NamedTuple):
     """1: norms and updates in one launch; 2: norms, then updates."""
     step_registers: int | None
     """Registers a thread that the compiler may take in `lars_step`. On sm_90, with more (128
-    fit) ptxas hoists until it spills a register or two (compiled)."""
+    fit) ptxas hoists until it spills a register or two; with fewer than 106 an update waits 109
+    cycles or more for the next item's word, with 106 it waits 74 (compiled, walked)."""
     mixed_registers: int | None
     """Likewise where a tensor is not fp32: with 104, fp32 beside fp16 gradients spills on sm_90."""
     update_registers: int | None
@@ -60,7 +61,7 @@ WINDOW_SHARE = 0.47
 _SM = Row(
     chunk=4096, block=2048, threads=128, lanes=128, num_warps=4, programs=4,
     order="ahead", lag=1.0, window=None, hold="evict_last", evict="evict_first", ring=0,
-    poll_atomic=False, backoff=200, launches=1, step_registers=104, mixed_registers=102,
+    poll_atomic=False, backoff=200, launches=1, step_registers=106, mixed_registers=102,
     update_registers=64,
     record=_MEASURED,
 )  # fmt: skip
@@ -68,8 +69,8 @@ _SM = Row(
 ROWS = {
     # The longest prefix of an architecture's name wins.
     "sm": _SM,
-    # With 104 registers ptxas for sm_80 waits for most of the next item's word; with 112 it does
-    # not, and no case spills (compiled, walked).
+    # With fewer than 112 registers ptxas for sm_80 has an update wait for most of the next item's
+    # word; no case spills (compiled, walked).
     "sm_8": _SM._replace(step_registers=112, mixed_registers=112, record=_PREDICTED),
     # ptxas for sm_100 spills with blocks of 2,048 at every cap that four programs leave room for.
     # With blocks of 1,024 and a cap of 112 no case does (compiled).
