@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import options as table
-from ._engine import callers, members, validate
+from ._engine import callers, members, parameters, validate
 from ._engine.engine import Engine
 from ._engine.tensors import Scaling
 from .checkpoints.load import Restore
@@ -275,20 +275,22 @@ class LARS(Optimizer):
 
         Returns:
             A dict keyed by parameter name if the optimizer was given names, else by the parameter's
-            index in `state_dict()`. Parameters without a gradient in the last step are missing;
-            after a step that found_inf skipped, the figures are those of the step before.
+            index in `state_dict()`. A name that an earlier parameter has (two models in one
+            optimizer) begins with its group: `param_groups[1].weight`. Parameters without a
+            gradient in the last step are missing; after a step that found_inf skipped, the figures
+            are those of the step before.
         """
         rows = self._engine.stats()
-        names = [n for group in self.param_groups for n in group.get("param_names", ())]
-        return {names[i] if names else i: LayerStats(*rows[i]) for i in sorted(rows)}
+        keys = parameters.keys(self.param_groups)
+        return {keys[i]: LayerStats(*rows[i]) for i in sorted(rows)}
 
     def _rows_on_device(
         self,
     ) -> list[tuple[list[str | int], list[bool], list[bool], Tensor]]:
         """As `layer_stats`, without waiting: keys, whether adapted, whether clipped, rows."""
-        names = [n for group in self.param_groups for n in group.get("param_names", ())]
+        keys = parameters.keys(self.param_groups)
         return [
-            ([names[i] if names else i for i in params], [o.adapt for o in options],
+            ([keys[i] for i in params], [o.adapt for o in options],
              [o.trust_clip for o in options], rows)
             for params, options, rows in self._engine.rows_on_device()
         ]  # fmt: skip
@@ -309,7 +311,8 @@ class LARS(Optimizer):
 
         Momentum and master weights keep the dtype that they were saved in (torch's own method casts
         them to the parameter's) and never alias the checkpoint's tensors. Hyper-parameters missing
-        from the checkpoint keep their values.
+        from the checkpoint keep their values. A checkpoint of `torch.optim.SGD` with momentum can be
+        continued with `lr_in_momentum=False` only; `convert_state_dict` converts it for any.
 
         Raises:
             ValueError: if the checkpoint does not fit; the optimizer is then left unchanged.

@@ -34,9 +34,9 @@ class Parameters:
         return validate.describe(where, self.flat[i], name)
 
     def name(self, i: int, groups: Groups) -> str:
-        """Its name, or where there are none, its place."""
-        where, name = self._place(i, groups)
-        return name or where
+        """What it is called where all are reported; without names, its place."""
+        key = keys(groups)[i]
+        return key if isinstance(key, str) else self._place(i, groups)[0]
 
     def _place(self, i: int, groups: Groups) -> tuple[str, str | None]:
         g = self.group_of[i]
@@ -46,6 +46,26 @@ class Parameters:
 
 
 NONE = Parameters([], [], [], [])
+
+
+def keys(groups: Groups) -> Sequence[str | int]:
+    """What each parameter is called where all are reported: its name, or its index without names.
+
+    The first of several parameters of one name keeps it; the others' begin with their group.
+    """
+    named = [(g, name) for g, group in enumerate(groups) for name in group.get("param_names", ())]
+    if not named:
+        return range(sum(len(group["params"]) for group in groups))
+    given = {name for _, name in named}
+    if len(given) == len(named):
+        return [name for _, name in named]
+    found: dict[str, None] = {}
+    for g, name in named:
+        key = name
+        while key in found or (key in given and key != name):
+            key = f"param_groups[{g}].{key}"
+        found[key] = None
+    return list(found)
 
 
 def parameters(groups: Groups, exclude_ndim: int) -> Parameters:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lars_fused import LARS, param_groups
+from lars_fused.monitor import Monitor
 from tests.tools import BOTH
 
 pytestmark = BOTH
@@ -122,6 +123,38 @@ def test_a_group_without_names_joins_one_with_and_the_other_way_round(backend, d
     bare.add_param_group({"params": model[0].named_parameters()})
     step(model, bare, device)
     assert set(bare.layer_stats()) == {0, 1, 2, 3}
+
+
+def test_a_name_that_two_parameters_have_hides_neither(backend, device):
+    """Two models in one optimizer, or one name twice; who comes first keeps the name."""
+    nets = [nn.Linear(3, 2).to(device) for _ in range(3)]
+    optimizer = LARS([*param_groups(nets[0], 1e-4), *param_groups(nets[1], 1e-4)], backend=backend)
+    optimizer.add_param_group(param_groups(nets[2], 1e-4)[0])
+    expected = ["weight", "bias", *(f"param_groups[{i}].{n}" for i, n in
+                                    ((2, "weight"), (3, "bias"), (4, "weight")))]  # fmt: skip
+    with Monitor(optimizer, every=1) as monitor:
+        for net in nets:
+            step(net, optimizer, device)
+    assert list(optimizer.layer_stats()) == expected[-1:]
+    sum(net(torch.ones(2, 3, device=device)).sum() for net in nets).backward()
+    optimizer.step()
+    stats = optimizer.layer_stats()
+    assert list(stats) == expected
+    assert stats["weight"].weight_norm != stats["param_groups[2].weight"].weight_norm
+    assert [list(layers) for _, layers in monitor.history] == [
+        expected[:2], expected[2:4], expected[4:]
+    ]  # fmt: skip
+
+    bad = [nn.Parameter(torch.ones(2, dtype=torch.float64, device=device)) for _ in range(5)]
+    names = ["w", "w", "w", "param_groups[0].w", "b"]
+    optimizer = LARS(zip(names, bad, strict=True), exclude_ndim=1, backend="torch")
+    for p in bad:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    again = "param_groups[0]."
+    expected = ["w", 2 * again + "w", 3 * again + "w", again + "w", "b"]
+    assert list(optimizer.layer_stats()) == expected
+    assert all(name in optimizer.backend_report() for name in expected[:3])
 
 
 def test_names_beside_bare_parameters_are_not_believed(backend, device):
