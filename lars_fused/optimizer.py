@@ -311,8 +311,8 @@ class LARS(Optimizer):
 
         Momentum and master weights keep the dtype that they were saved in (torch's own method casts
         them to the parameter's) and never alias the checkpoint's tensors. Hyper-parameters missing
-        from the checkpoint keep their values. A checkpoint of `torch.optim.SGD` with momentum can be
-        continued with `lr_in_momentum=False` only; `convert_state_dict` converts it for any.
+        from the checkpoint keep their values. Momentum of `torch.optim.SGD` can be continued with
+        `lr_in_momentum=False` alone; `convert_state_dict` converts its checkpoint for any.
 
         Raises:
             ValueError: if the checkpoint does not fit; the optimizer is then left unchanged.

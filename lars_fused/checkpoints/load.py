@@ -20,6 +20,8 @@ _OTHERS = {
     "acc_delta", "prev", "row_var", "col_var", "momentum",
 }  # fmt: skip
 """State of torch's other optimizers, and of other implementations of LARS."""
+_FOREIGN = {"trust_coeff", "always_adapt", "eta", "is_skipped", "weight_decay_filter"}
+"""Options of groups that only other implementations of LARS have."""
 
 
 class Restore:
@@ -75,10 +77,31 @@ class Restore:
             kept = {name: group[name] for name in Options._fields}
             known.append({**kept, **old})
             table.check(known[-1], f"LARS: the checkpoint's param_groups[{g}]: ")
+        of = {key: g for g, old in enumerate(saved["param_groups"]) for key in old["params"]}
         for key, p, label in self._pairs(saved):
-            self._check_state(saved["state"].get(key, {}), p, label)
+            held, g = saved["state"].get(key, {}), of[key]
+            self._check_state(held, p, label)
+            if held.get("momentum_buffer") is not None:
+                self._check_meaning(groups[g], saved["param_groups"][g], g, label)
         self._loaded = {**saved, "param_groups": known}
         return self._loaded
+
+    @staticmethod
+    def _check_meaning(group: dict[str, Any], old: dict[str, Any], g: int, label: str) -> None:
+        """Refuse momentum that another optimizer means differently, under the same key.
+
+        That of `torch.optim.SGD` is free of the learning rate. Where ours is too, it is continued.
+        """
+        foreign = sorted(_FOREIGN.intersection(old))
+        if "lr_in_momentum" in old or not (group["lr_in_momentum"] or foreign):
+            return
+        whose = f"has {foreign[0]!r}" if foreign else "is like that of torch.optim.SGD"
+        raise ValueError(
+            f"{label}: the checkpoint has a momentum_buffer, and its param_groups[{g}] no "
+            f"'lr_in_momentum': it {whose}, and its momentum may mean something else than with "
+            f"lr_in_momentum={group['lr_in_momentum']}; use convert_state_dict, which converts it, "
+            "or LARS(..., lr_in_momentum=False) to go on with the momentum of SGD as it is"
+        )
 
     @staticmethod
     def _check_state(held: Any, p: Tensor, label: str) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lars_fused import LARS, lars_step
+from lars_fused.options import Options
 from tests.cases import bits
 
 
@@ -142,6 +143,19 @@ def saved_state(**held: Any) -> Prepare:
     return loading(lambda saved: saved["state"].update({1: held}))
 
 
+def of_another(**options: Any) -> Callable[[dict[str, Any]], Any]:
+    """Make the checkpoint one whose groups have the options of another optimizer."""
+
+    def change(saved: dict[str, Any]) -> None:
+        for group in saved["param_groups"]:
+            for name in Options._fields:
+                if name not in ("lr", "momentum", "weight_decay", "dampening", "nesterov"):
+                    del group[name]
+            group.update(options)
+
+    return change
+
+
 CASES: dict[str, Prepare] = {
     "hyper-parameters without their names": calling(lambda w: LARS(w.params, 0.1, 0.9, 0, 1e-4)),
     "negative lr": calling(lambda w: LARS(w.params, lr=-0.1)),
@@ -210,6 +224,8 @@ CASES: dict[str, Prepare] = {
     "checkpoint with a momentum of integers": saved_state(momentum_buffer=torch.tensor([1, 2, 3])),
     "checkpoint with a momentum of another shape": saved_state(momentum_buffer=torch.ones(4)),
     "checkpoint of another optimizer": saved_state(exp_avg=torch.ones(3), step=1),
+    "checkpoint of `torch.optim.SGD`, whose momentum is free of lr": loading(of_another()),
+    "checkpoint of another LARS with the same key": loading(of_another(is_skipped=False)),
 }
 
 # Where the kernels cannot run at all.

@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 
-from lars_fused import LARS
+from lars_fused import LARS, convert_state_dict
 from tests.oracle import Truth, assert_true
 from tests.tools import (
     BOTH,
@@ -139,6 +139,29 @@ def test_checkpoint_of_torch_sgd(backend, device):
     truth.step([p.grad for p in params])
     optimizer.step()
     assert_true(params, truth)
+
+
+@pytest.mark.row(39)
+@pytest.mark.parametrize("options", [{"lr_in_momentum": True}, {"lr_in_momentum": False}])
+@pytest.mark.parametrize("source", ["sgd", "rocm"])
+def test_momentum_that_means_something_else_is_refused(options, source, backend, device):
+    """It is 1 / lr too large: 10 times at lr 0.1."""
+    params = make_params(SHAPES, device=device)
+    sgd = torch.optim.SGD(params, lr=0.1, momentum=0.7)
+    run(sgd, params, 2)
+    saved = copy.deepcopy(sgd.state_dict())
+    optimizer = LARS(params, **options, backend=backend)
+    if source == "rocm":
+        saved["param_groups"][0].update(is_skipped=False, trust_coefficient=0.001)
+    elif not options["lr_in_momentum"]:
+        optimizer.load_state_dict(saved)  # means the same
+        return
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=r"params'\]\[0\] .*momentum_buffer.*convert_state_dict"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.state_dict() == before
+    optimizer.load_state_dict(convert_state_dict(sgd.state_dict(), "sgd"))
+    assert optimizer.state[params[0]]["momentum_buffer"].any()
 
 
 @pytest.mark.row(39)
