@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -44,9 +45,10 @@ def lars_step(
     Args:
         params: tensors of any shape; float32, float16, bfloat16 or float64; updated in place.
         grads: one gradient per parameter, same shape and device; not modified.
-        momentum_buffers: one buffer per parameter, same shape; updated in place. None marks a
-            tensor that has not been stepped yet: the entry is replaced by a new buffer of
-            `momentum_dtype` (float64 for float64 parameters) unless `momentum` is 0.
+        momentum_buffers: a list, one buffer per parameter, same shape, in memory of its own;
+            updated in place. None marks a tensor that has not been stepped yet: the entry is
+            replaced by a new buffer of `momentum_dtype` (float64 for float64 parameters) unless
+            `momentum` is 0.
         lr: γ; this and every hyper-parameter up to `maximize` as for `LARS`.
         momentum: μ; with 0 no buffer is read, allocated or written.
         weight_decay: as for `LARS`.
@@ -62,8 +64,8 @@ def lars_step(
         maximize: as for `LARS`.
         momentum_dtype: storage dtype of new buffers.
         backend: "auto", "triton" or "torch", as for `LARS`.
-        grad_scale: float32, one element: gradients are divided by it.
-        found_inf: float32, one element: a non-zero value skips the step. On a CPU
+        grad_scale: a tensor of one element: gradients are divided by it.
+        found_inf: a tensor of one element: a non-zero value skips the step. On a CPU
             `momentum_buffers` is then unchanged; on other devices the host does not read the flag,
             and missing buffers are filled in with zeros.
 
@@ -73,11 +75,23 @@ def lars_step(
     options = table.pick(locals())
     table.check(options._asdict(), "lars_step: ", read_device=False)
     table.check_settings(Settings(momentum_dtype, backend=backend), "lars_step: ")
+    params, grads = _sequence("params", params), _sequence("grads", grads)
+    if not isinstance(momentum_buffers, list):
+        raise TypeError(
+            f"lars_step: momentum_buffers is a {type(momentum_buffers).__name__}; must be a list, "
+            "which keeps the new buffers between steps; begin with [None] * len(params)"
+        )
     if not len(params) == len(grads) == len(momentum_buffers):
         raise ValueError(
             f"lars_step: {len(params)} params, {len(grads)} grads and {len(momentum_buffers)} "
             "momentum_buffers; must have the same length"
         )
+    for name, value in (("grad_scale", grad_scale), ("found_inf", found_inf)):
+        _check_scalar(name, value)
+    for i, row in enumerate(zip(params, grads, momentum_buffers, strict=True)):
+        for name, t in zip(("params", "grads", "momentum_buffers"), row, strict=True):
+            if not isinstance(t, Tensor) and not (t is None and name == "momentum_buffers"):
+                _refuse_element(name, i, t)
 
     def label(i: int) -> str:
         return validate.describe(f"params[{i}]", params[i], what="lars_step")
@@ -85,12 +99,15 @@ def lars_step(
     seen_at: dict[int, int] = {}
     for i, (p, g, v) in enumerate(zip(params, grads, momentum_buffers, strict=True)):
         validate.check_writable(p, partial(label, i))
-        new_state.check_tensors(p, g, {"momentum_buffer": v}, partial(label, i))
+        new_state.check_tensors(
+            p, g, {"momentum_buffer": v}, partial(label, i), remedy="pass None to start from zero"
+        )
         if seen_at.setdefault(id(p), i) != i:
             raise ValueError(
                 f"{label(i)}: is a duplicate of params[{seen_at[id(p)]}]; "
                 "each parameter may appear only once"
             )
+    _check_buffers(params, grads, momentum_buffers, label)
     buffers: list[Tensor | None] = [None] * len(params)
     if momentum != 0:
         buffers = [
@@ -112,3 +129,64 @@ def lars_step(
         step.run(seen, [options], scaling)
     if momentum != 0:
         momentum_buffers[:] = buffers
+
+
+def _sequence(name: str, given: Sequence[Tensor]) -> list[Tensor]:
+    if isinstance(given, Tensor) or not isinstance(given, Iterable):
+        raise TypeError(
+            f"lars_step: {name} is a {type(given).__name__}; must be a list of tensors, "
+            f"such as [{name[:-1]}]"
+        )
+    return list(given)
+
+
+def _refuse_element(name: str, i: int, value: object) -> NoReturn:
+    also, remedy = "", ""
+    if name == "momentum_buffers":
+        also = ", or None for one that has not been stepped yet"
+    elif name == "grads" and value is None:
+        remedy = "; leave out parameters without a gradient, with their buffers"
+    raise TypeError(
+        f"lars_step: {name}[{i}]={value!r} is a {type(value).__name__}; "
+        f"must be a tensor{also}{remedy}"
+    )
+
+
+def _check_scalar(name: str, value: Tensor | None) -> None:
+    allowed = "must be None or a tensor of one real number"
+    if value is not None and not isinstance(value, Tensor):
+        raise TypeError(
+            f"lars_step: {name}={value!r} is a {type(value).__name__}; {allowed}, "
+            "such as torch.tensor(1.0)"
+        )
+    if value is not None and (value.numel() != 1 or value.is_complex() or value.is_sparse):
+        raise ValueError(
+            f"lars_step: {name} is a tensor of shape {tuple(value.shape)}, {value.dtype}; {allowed}"
+        )
+
+
+def _check_buffers(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    buffers: Sequence[Tensor | None],
+    label: Callable[[int], str],
+) -> None:
+    """Raise where a buffer is another one, a parameter or a gradient: they would overwrite it."""
+    taken = {_place(t): f"params[{i}]" for i, t in enumerate(params)}
+    taken |= {_place(t): f"grads[{i}]" for i, t in enumerate(grads)}
+    for i, v in enumerate(buffers):
+        if v is None:
+            continue
+        place, name = _place(v), f"momentum_buffers[{i}]"
+        if taken.setdefault(place, name) != name:
+            raise ValueError(
+                f"{label(i)}: {name} shares its memory with {taken[place]}; each parameter needs "
+                "a buffer of its own; pass None for a new one"
+            )
+
+
+def _place(t: Tensor) -> object:
+    """Where a tensor begins; of one without memory, which it is."""
+    if t.numel() == 0 or t.is_meta or t.layout != torch.strided or not validate.in_memory(t):
+        return id(t)
+    return t.device, t.data_ptr()

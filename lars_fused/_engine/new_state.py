@@ -190,14 +190,21 @@ def new_buffer(p: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def check_tensors(
-    p: Tensor, g: Tensor, state: dict[str, Tensor | None], label: Callable[[], str]
+    p: Tensor,
+    g: Tensor,
+    state: dict[str, Tensor | None],
+    label: Callable[[], str],
+    remedy: str = "delete it to start from zero",
 ) -> None:
-    """Raise unless a parameter, its gradient and its state are compatible."""
+    """Raise unless a parameter, its gradient and its state are compatible.
+
+    `remedy`: against state that does not fit, for the message.
+    """
     validate.check_parameter(p, label)
     validate.check_gradient(p, g, label)
     for key, value in state.items():
         if value is not None:
-            validate.check_state(p, key, value, label)
+            validate.check_state(p, key, value, label, remedy)
     sharding.check(p, {"gradient": g, **state}, label)
 
 

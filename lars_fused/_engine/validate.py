@@ -183,19 +183,20 @@ def check_gradient(p: Tensor, g: Tensor, label: Callable[[], str]) -> None:
     _check_storage(g, "its gradient's", label)
 
 
-def check_state(p: Tensor, key: str, value: object, label: Callable[[], str]) -> None:
+def check_state(p: Tensor, key: str, value: object, label: Callable[[], str], remedy: str) -> None:
     """Raise unless a state tensor fits its parameter."""
     if not isinstance(value, Tensor):
         raise RuntimeError(
-            f"{label()}: state {key!r} is a {type(value).__name__}; must be a tensor"
+            f"{label()}: state {key!r} is a {type(value).__name__}; must be a tensor; {remedy}"
         )
     if value.shape != p.shape:
         raise RuntimeError(
             f"{label()}: state {key!r} has shape {tuple(value.shape)}; must be {tuple(p.shape)}; "
-            "delete it to start from zero"
+            f"{remedy}"
         )
     if value.dtype not in MOMENTUM_DTYPES:
         raise RuntimeError(
-            f"{label()}: state {key!r} has dtype {value.dtype}; must be a floating-point dtype"
+            f"{label()}: state {key!r} has dtype {value.dtype}; must be a floating-point dtype; "
+            f"{remedy}"
         )
     _check_storage(value, f"state {key!r}'s", label)

@@ -205,6 +205,30 @@ CASES: dict[str, Prepare] = {
     "duplicate parameter in `lars_step`": calling(
         lambda w: lars_step([w.params[1]] * 2, [w.grads[1]] * 2, [None] * 2)
     ),
+    "a tensor in the place of `lars_step`'s list": calling(
+        lambda w: lars_step(w.params[0], w.grads, w.buffers)
+    ),
+    "gradient that is None in `lars_step`": calling(
+        lambda w: lars_step(w.params, [w.grads[0], None], w.buffers)
+    ),
+    "parameter that is no tensor": calling(
+        lambda w: lars_step([w.params[0], 3.0], w.grads, w.buffers)
+    ),
+    "momentum that is no tensor in `lars_step`": calling(
+        lambda w: lars_step(w.params, w.grads, [w.buffers[0], 0.0])
+    ),
+    "momentum of another shape in `lars_step`": calling(
+        lambda w: lars_step(w.params, w.grads, [w.buffers[0], torch.ones(4)])
+    ),
+    "a tuple of buffers": calling(lambda w: lars_step(w.params, w.grads, (None, None))),
+    "a buffer of two parameters": calling(
+        lambda w: lars_step([w.params[1], torch.ones(3)], [w.grads[1]] * 2, [w.buffers[1]] * 2)
+    ),
+    "a buffer that is a gradient": calling(
+        lambda w: lars_step(w.params, w.grads, [w.buffers[0], w.grads[1].view(3)])
+    ),
+    "grad_scale that is no tensor": calling(lambda w: w.lars_step(grad_scale=2.0)),
+    "found_inf of two elements": calling(lambda w: w.lars_step(found_inf=torch.zeros(2))),
     "non-leaf tensor": calling(lambda w: LARS([("head", w.params[1] * 2)])),
     "non-leaf tensor in `lars_step`": calling(
         lambda w: lars_step([w.params[1] * 2], [w.grads[1]], [None])
