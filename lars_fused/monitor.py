@@ -47,7 +47,10 @@ class _Kept(NamedTuple):
     layers: list[Layer]
     adapted: list[bool]
     clips: list[bool]
+    gradient_norm_known: list[bool]
+    """Otherwise its NaN says nothing."""
     rows: Tensor
+    """Of each layer: what `LayerStats` has, and whether the device skipped the step."""
 
 
 class Monitor:
@@ -57,7 +60,8 @@ class Monitor:
         optimizer: a `LARS`, or a wrapper that holds one as `.optimizer` (accelerate, Lightning).
         writer: a TensorBoard `SummaryWriter` (tags `lars/trust_ratio/NAME` and so on), or a
             function of (step, {layer: `LayerStats`}); None only keeps the history.
-        every: steps between two records, ≥ 1.
+        every: steps between two records, ≥ 1. Calls of `step()` are counted; one that did nothing,
+            because `GradScaler` found an overflow or there was no gradient, has no record.
         keep: records that are kept on the device until they are copied and written together, ≥ 1.
         warn: whether to warn, once for each of these: a NaN or infinite norm or ratio; an adapted
             layer whose weight or gradient has had a zero norm in every record for `patience` steps,
@@ -67,7 +71,8 @@ class Monitor:
         step: number of steps taken before, for a resumed run.
 
     Attributes:
-        history: the records that were written: (step, {layer: `LayerStats`}).
+        history: the records that were written: (step, {layer: `LayerStats`}). It grows by about
+            300 bytes per layer and record; `history.clear()` frees them.
 
     Raises:
         TypeError, ValueError: for an argument that is not allowed.
@@ -105,6 +110,7 @@ class Monitor:
         self._writer, self._every, self._keep, self._tag = writer, every, keep, tag
         self._step = step
         self._kept: list[_Kept] = []
+        self._taken = self._optimizer._parts_taken
         self._watch = _Watch(patience) if warn else None
         self._handle = self._optimizer.register_step_post_hook(self._after_step)
 
@@ -121,16 +127,23 @@ class Monitor:
 
     def _after_step(self, *_: object) -> None:
         self._step += 1
-        if self._step % self._every == 0:
-            self.record()
+        before, self._taken = self._taken, self._optimizer._parts_taken
+        if self._step % self._every == 0 and self._taken != before:
+            # GradScaler's, if there is one. Where it is on a device, the host does not know it.
+            self._record(getattr(self._optimizer, "found_inf", None))
 
-    @torch.no_grad()
     def record(self) -> None:
         """Set the last step's numbers aside, on the device."""
+        self._record(None)
+
+    @torch.no_grad()
+    def _record(self, found_inf: Tensor | None) -> None:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return
-        for layers, adapted, clips, rows in self._optimizer._rows_on_device():
-            self._kept.append(_Kept(self._step, layers, adapted, clips, rows))
+        for layers, adapted, clips, known, rows in self._optimizer._rows_on_device():
+            flag = rows.new_zeros(1) if found_inf is None else found_inf.to(rows)
+            flagged = torch.cat([rows, flag.reshape(1, 1).expand(len(rows), 1)], 1)
+            self._kept.append(_Kept(self._step, layers, adapted, clips, known, flagged))
         if len({kept.step for kept in self._kept}) >= self._keep:
             self.flush()
 
@@ -142,7 +155,13 @@ class Monitor:
             mine = [k for k in kept if k.rows.device == device]
             numbers = iter(torch.cat([k.rows for k in mine]).cpu().tolist())
             for k in mine:
-                stats = {layer: LayerStats(*next(numbers)) for layer in k.layers}
+                stats = {}
+                for layer in k.layers:
+                    *row, skipped = next(numbers)
+                    if not skipped:
+                        stats[layer] = LayerStats(*row)
+                if not stats:
+                    continue
                 found.setdefault(k.step, {}).update(stats)
                 if self._watch is not None:
                     self._watch.look(k, stats)
@@ -237,12 +256,13 @@ class _Watch:
 
     def look(self, kept: _Kept, stats: Mapping[Layer, LayerStats]) -> None:
         """Take one record in."""
-        for layer, adapted, clips in zip(kept.layers, kept.adapted, kept.clips, strict=True):
+        columns = kept.layers, kept.adapted, kept.clips, kept.gradient_norm_known
+        for layer, adapted, clips, known in zip(*columns, strict=True):
             s = stats[layer]
-            # Of split layers one norm is unknown, and NaN; which ones count is in the ratio.
-            finite = all(map(math.isfinite, (s.weight_norm, s.trust_ratio, s.effective_lr)))
+            shown = [s.weight_norm, s.trust_ratio, s.effective_lr]
+            shown += [s.gradient_norm] if known else []
             now = {
-                "infinite": not finite or math.isinf(s.gradient_norm),
+                "infinite": not all(map(math.isfinite, shown)),
                 "zero weight": adapted and s.weight_norm == 0,
                 "zero gradient": adapted and s.gradient_norm == 0,
                 "clipped": adapted and clips and s.trust_ratio == 1 and s.weight_norm > 0

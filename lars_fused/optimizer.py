@@ -286,14 +286,23 @@ class LARS(Optimizer):
 
     def _rows_on_device(
         self,
-    ) -> list[tuple[list[str | int], list[bool], list[bool], Tensor]]:
-        """As `layer_stats`, without waiting: keys, whether adapted, whether clipped, rows."""
+    ) -> list[tuple[list[str | int], list[bool], list[bool], list[bool], Tensor]]:
+        """As `layer_stats`, without waiting.
+
+        Returns:
+            By launch: keys, whether adapted, whether clipped, whether N(g) is known, rows.
+        """
         keys = parameters.keys(self.param_groups)
         return [
             ([keys[i] for i in params], [o.adapt for o in options],
-             [o.trust_clip for o in options], rows)
-            for params, options, rows in self._engine.rows_on_device()
+             [o.trust_clip for o in options], known, rows)
+            for params, options, known, rows in self._engine.rows_on_device()
         ]  # fmt: skip
+
+    @property
+    def _parts_taken(self) -> int:
+        """Grows whenever a step is taken, or a part of one; not where one does nothing."""
+        return self._engine.parts_taken
 
     # ------------------------------------------------------------------ checkpoints
 

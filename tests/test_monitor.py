@@ -9,6 +9,7 @@ from torch import nn
 
 from lars_fused import LARS, param_groups
 from lars_fused.monitor import Monitor
+from tests import internals
 
 # The kernels give a Monitor its numbers; what it makes of them on the host needs no kernel.
 pytestmark = [pytest.mark.cpu, pytest.mark.gpu]
@@ -231,6 +232,54 @@ def test_the_warnings_can_be_switched_off_and_need_patience(kind, backend, devic
                         p.grad = torch.ones_like(p)
                     model[0].weight.grad *= factor
                     optimizer.step()
+
+
+@pytest.mark.parametrize("denominator", ["sum", "decayed", "gradient"])
+def test_a_nan_in_a_gradient_that_is_not_adapted_is_said(denominator, backend, device):
+    """Its ratio is 1 whatever its gradient, but the weights are lost all the same."""
+    model = network(device)
+    optimizer = optimizer_of(model, backend, denominator=denominator)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    model[1].bias.grad[0] = float("nan")
+    monitor = Monitor(optimizer, every=1, keep=1)
+    with pytest.warns(RuntimeWarning, match=r"layers '1.bias': a norm .* is NaN or infinite"):
+        optimizer.step()
+    monitor.close()
+
+
+def test_steps_that_did_nothing_have_no_record(backend, device):
+    """Of a step that GradScaler skipped, or without gradients, the last figures would be old."""
+    model = network(device)
+    optimizer = optimizer_of(model, backend)
+    with Monitor(optimizer, every=1, keep=100) as monitor:
+        train(model, optimizer, 2)
+        optimizer.found_inf = torch.ones((), device=device)
+        optimizer.step()
+        optimizer.found_inf = torch.zeros((), device=device)
+        expected = optimizer.layer_stats()
+        train(model, optimizer, 1)
+        del optimizer.found_inf
+        optimizer.zero_grad()
+        optimizer.step()
+        train(model, optimizer, 1)
+    assert [step for step, _ in monitor.history] == [1, 2, 4, 6]
+    assert monitor.history[1] == (2, expected)
+
+
+@pytest.mark.parametrize("found_inf", [0.0, 1.0])
+def test_a_skip_that_the_host_does_not_know_is_dropped_later(
+    found_inf, backend, device, monkeypatch
+):
+    internals.keep_found_inf_from_the_host(monkeypatch)
+    model = network(device)
+    optimizer = optimizer_of(model, backend)
+    with Monitor(optimizer, every=1, keep=100) as monitor:
+        optimizer.found_inf = torch.zeros((), device=device)
+        train(model, optimizer, 1)
+        optimizer.found_inf.fill_(found_inf)
+        train(model, optimizer, 1)
+    assert [step for step, _ in monitor.history] == ([1] if found_inf else [1, 2])
 
 
 def test_ordinary_training_is_silent(backend, device):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import options as table
 from ..options import Options, Settings
-from . import graph_pool, launch, new_state, parameters, partition, rank_check, validate
+from . import graph_pool, launch, new_state, parameters, partition, rank_check, sharding, validate
 from .graph_pool import GraphPool
 from .measured import Measured, Row
 from .members import Layers, Origins
@@ -76,6 +76,8 @@ class Engine:
         self._without_any = 0  # steps before the first one with a gradient
         self._graphs = GraphPool()
         self._compared = False  # sharded parameters, against those of other ranks
+        self.parts_taken = 0
+        """How many steps, or parts of steps, were taken; with those that only a device skipped."""
         self.begin_with_new_state()
 
     def begin_with_new_state(self) -> None:
@@ -269,6 +271,7 @@ class Engine:
         taken = Ready(step, ready.where, seen.fingerprint.addresses, measured)
         self.prepared[pattern] = taken
         self.last.append(taken)
+        self.parts_taken += 1
         self._first_steps.note(step, certain=scaling.found_inf is None)
 
     # ------------------------------------------------------------------ after a step
@@ -301,13 +304,23 @@ class Engine:
             found |= {where[i]: row for i, row in measured.stats(now).items()}
         return found
 
-    def rows_on_device(self) -> list[tuple[list[int], list[Options], Tensor]]:
-        """The same as `stats` where it is, without waiting: parameters, their options, rows."""
-        options, row_of, found = self._hyper.options, self._params.row_of, []
+    def rows_on_device(self) -> list[tuple[list[int], list[Options], list[bool], Tensor]]:
+        """The same as `stats` where it is, without waiting.
+
+        Returns:
+            By launch: parameters, their options, whether N(g) is known, rows.
+        """
+        options, found = self._hyper.options, []
+        flat, row_of = self._params.flat, self._params.row_of
         for where, measured, now in self._measured():
             for index, rows in measured.rows_on_device(now):
                 params = [where[i] for i in index]
-                found.append((params, [options[row_of[i]] for i in params], rows))
+                own = [options[row_of[i]] for i in params]
+                known = [
+                    sharding.gradient_norm_known(flat[i], o)
+                    for i, o in zip(params, own, strict=True)
+                ]
+                found.append((params, own, known, rows))
         return found
 
     def _measured(self) -> Iterator[tuple[list[int], Measured, StepTensors | None]]:

@@ -53,6 +53,12 @@ def layout(t: Tensor | None) -> Layout | None:
     return Layout(wrapper.device_mesh, tuple(wrapper.placements))
 
 
+def gradient_norm_known(p: Tensor, o: Options) -> bool:
+    """Whether a step of `p` with these options finds out N(g)."""
+    where = layout(p)
+    return where is None or not where.split() or _COLUMN[o.denominator] == 1
+
+
 @overload
 def local(t: Tensor) -> Tensor: ...
 @overload

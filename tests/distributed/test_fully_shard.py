@@ -1,9 +1,12 @@
 """LARS under FSDP2: norms of whole layers, one all-reduce a step, nothing gathered."""
 
+import warnings
+
 import pytest
 import torch
 
 from lars_fused import LARS, conventions, param_groups
+from lars_fused.monitor import Monitor
 from tests.distributed import networks as nets
 from tests.distributed.counting import counted
 from tests.distributed.ranks import raised, same_bits
@@ -31,13 +34,16 @@ def fsdp(rank, size, backend, names, steps, replicas=1):
             nets.optimizer_for(net, backend, exclude="5.weight", **options)
             for net in (alone, model)
         )
+        monitor = Monitor(theirs, every=1, keep=1)
         empty = [p.to_local().numel() == 0 for p in model.parameters()]
         assert any(empty) == (rank % (size // replicas) > 0)
         for step, batch in enumerate(nets.batches(steps, 2 * size, dtype)):
             nets.loss_of(alone, *batch).backward()
             nets.loss_of(model, *nets.share(batch, rank, size)).backward()
             mine.step()
-            with counted() as seen:
+            with counted() as seen, warnings.catch_warnings():
+                # A norm that is not known is NaN, and no reason for Monitor to warn.
+                warnings.filterwarnings("error", "LARS: layers")
                 theirs.step()
             if step > 0:  # the first also compares the ranks' parameters
                 assert seen == [("all_reduce", 2 * len(empty))], seen
@@ -51,6 +57,7 @@ def fsdp(rank, size, backend, names, steps, replicas=1):
         assert same_bits([q.full_tensor() for q in model.parameters()]), name
         assert isinstance(theirs.state[q]["momentum_buffer"], type(q.data)), name
         unsent = "gradient_norm" if options.get("denominator") == "decayed" else "decayed_norm"
+        assert len(monitor.history) == steps
         assert expected.keys() == found.keys()
         for layer, figures in found.items():
             for key, value in figures._asdict().items():
