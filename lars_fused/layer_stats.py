@@ -15,8 +15,11 @@ class LayerStats(NamedTuple):
     gradient_norm: float
     """N(g), unscaled."""
     decayed_norm: float
-    """N(g + βw). A step on a CPU measures it only if the denominator uses it; otherwise it is found
-    from the gradient and the weight when you ask, and is NaN if they were written since."""
+    """N(g + βw). A step on a CPU measures it only if the denominator uses it; otherwise it is
+    computed on demand from what the step left, to within a hundredth. It is NaN if gradient, weight
+    or momentum was written since, and where the step left too little of the weights: momentum 0 and
+    γqβ near 1 (then w is -γqg), or steps so large that rounding hides weights whose decay counts.
+    """
     trust_ratio: float
     """q; 1 where the tensor is not adapted."""
     effective_lr: float

@@ -101,3 +101,54 @@ def test_with_a_zero_norm(zero):
     optimizer = LARS(params, **TERMS, backend="torch")
     optimizer.step()
     assert decayed(optimizer) == pytest.approx(truth, rel=1e-5)
+
+
+# A large step, or momentum of few bits, leaves less of the weights than their rounding alone would.
+BLURRED = {
+    "bfloat16 momentum": {"lr": 20.0, "weight_decay": 1e-2, "momentum_dtype": torch.bfloat16},
+    "a step beyond the weights": {"lr": 1000.0, "weight_decay": 1e-4, "adapt": False},
+    "nesterov": {"lr": 1000.0, "weight_decay": 1e-4, "adapt": False, "nesterov": True},
+    "no weights left, and little decay": {
+        "lr": 1e4, "weight_decay": 1e-4, "adapt": False, "momentum": 0.0
+    },
+    "weights lost in a step of few bits": {
+        "lr": 1e6, "weight_decay": 1e-4, "adapt": False, "momentum_dtype": torch.bfloat16
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BLURRED)
+def test_rounding_is_not_taken_for_writing(name):
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(64, 64))
+    optimizer = LARS([p], **BLURRED[name], backend="torch")
+    decay = BLURRED[name]["weight_decay"]
+    for _ in range(8):
+        p.grad = torch.randn_like(p)
+        before = p.detach().double()
+        if float(before.norm()) > 1e5:  # the weights have exploded: begin anew
+            p.data.normal_()
+            before = p.detach().double()
+        truth = float((p.grad.double() + decay * before).norm())
+        optimizer.step()
+        assert decayed(optimizer) == pytest.approx([truth], rel=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_of_a_million_elements(dtype):
+    """Their norms were summed in fp32, in blocks."""
+    p = torch.nn.Parameter(torch.randn(1024, 1024).to(dtype))
+    p.grad = torch.randn_like(p)
+    truth = float((p.grad.double() + 0.1 * p.detach().double()).norm())
+    optimizer = LARS([p], 0.1, weight_decay=0.1, backend="torch")
+    optimizer.step()
+    assert decayed(optimizer) == pytest.approx([truth], rel=1e-4)
+
+
+def test_where_the_step_left_nothing_of_the_weights_it_is_not_known():
+    """w' = w - (g + w): any w gives the same."""
+    p = torch.nn.Parameter(torch.randn(64, 64))
+    p.grad = torch.randn_like(p)
+    optimizer = LARS([p], 1.0, weight_decay=1.0, momentum=0.0, adapt=False, backend="torch")
+    optimizer.step()
+    assert math.isnan(*decayed(optimizer))
