@@ -43,7 +43,7 @@ class Settings:
         beta1, beta2: Adam's; beta2 is also RMSprop's decay.
         weight_decay: β; biases and normalisation are left out unless `adapt_all`.
         adapt_all: decay and adapt every tensor, as the paper's Algorithm 1 is written.
-        batch: images of a step, over all processes and micro-batches.
+        batch: images per step, over all processes and micro-batches.
         micro_batch: images in memory at once; 0 for as many as a process has. Batch normalisation
             sees one micro-batch at a time.
         epochs: how often each image is shown.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,10 +17,11 @@ import torch.distributed as dist
 pytest.importorskip("click", reason="the extra `study` is not installed")
 pytest.importorskip("matplotlib", reason="the extra `study` is not installed")
 
+import click
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from lars_fused.study import loop, runs
-from lars_fused.study.cli import main
+from lars_fused.study.cli import cli, main
 from lars_fused.study.settings import Settings
 from tests.processes import Study
 from tests.study.drawing import undrawn
@@ -54,6 +56,31 @@ def failure(arguments: list[str], capsys) -> str:
     assert shown.err.startswith("lars-study: ")
     assert shown.err.count("\n") == 1, shown.err
     return shown.err
+
+
+def test_every_default_that_help_prints_is_accepted() -> None:
+    shown = 0
+    for name, command in cli.commands.items():
+        context = click.Context(command, info_name=name)
+        for option in command.params:
+            record = option.get_help_record(context)
+            found = re.search(r"\[default: ([^\];]*)", record[1]) if record else None
+            if found:
+                shown += 1
+                printed = option.type_cast_value(context, found[1])
+                assert printed == option.type_cast_value(context, option.default), option.name
+                own = (
+                    getattr(Settings(), option.name)
+                    if name == "train" and option.name != "out"
+                    else printed
+                )
+                assert printed == own, option.name
+    assert shown > 90
+
+
+@pytest.mark.parametrize("text", ["1/0", "1/3/2", "x/2"])
+def test_what_is_no_fraction_is_refused(text, capsys) -> None:
+    assert "is not a list of numbers" in failure(["train", f"--milestones={text}"], capsys)
 
 
 def test_a_recipe_is_trained_and_its_published_number_shown(tmp_path, capsys) -> None:

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +27,7 @@ NETWORK_HELP = ", ".join(f"{name} ({n.about})" for name, n in networks.NETWORKS.
 
 
 class Numbers(click.ParamType):  # type: ignore[type-arg]
-    """Comma-separated numbers of one kind."""
+    """Comma-separated numbers of one kind; those of kind float also as fractions, 1/3."""
 
     def __init__(self, kind: type, words: tuple[str, ...] = (), *, zero: bool = False):
         self.kind, self.words, self.zero = kind, words, zero
@@ -37,8 +38,8 @@ class Numbers(click.ParamType):  # type: ignore[type-arg]
         if isinstance(value, tuple):
             return value
         try:
-            found = tuple(p if p in self.words else self.kind(p) for p in str(value).split(","))
-        except ValueError:
+            found = tuple(p if p in self.words else self._number(p) for p in str(value).split(","))
+        except (ValueError, ZeroDivisionError):
             self.fail(f"{value!r} is not a list of numbers like 1,2,3", param, ctx)
         numbers = [n for n in found if not isinstance(n, str)]
         if not all(0 <= n < float("inf") and (n or self.zero) for n in numbers):
@@ -47,6 +48,9 @@ class Numbers(click.ParamType):  # type: ignore[type-arg]
         if len(set(found)) < len(found):
             self.fail(f"{value!r} names a number twice", param, ctx)
         return found
+
+    def _number(self, text: str) -> Any:
+        return float(Fraction(text)) if self.kind is float and "/" in text else self.kind(text)
 
 
 class Share(click.ParamType):  # type: ignore[type-arg]

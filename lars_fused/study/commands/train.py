@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import MISSING, fields
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,11 @@ HELP = {
     "lr": "Learning rate, after warm-up.",
     "scaling": "Rule that takes --lr from --base-batch to --batch.",
     "trust_coefficient": "0 takes the convention's.",
-    "momentum": "Of LARS and SGD.",
+    "momentum": "Momentum of LARS and SGD.",
     "beta1": "Of Adam.",
     "beta2": "Of Adam; the decay of RMSprop.",
     "adapt_all": "Decay and adapt biases and normalisation too, as in the paper's Algorithm 1.",
-    "batch": "Images of a step, over all processes and micro-batches.",
+    "batch": "Images per step, over all processes and micro-batches.",
     "micro_batch": "Images in memory at once (the paper's iter_size divides the batch); 0 for all.",
     "warmup_epochs": "Linear warm-up.",
     "warmup_start": "Share of the rate that warm-up begins with.",
@@ -66,7 +67,8 @@ def every_setting(command: Callable[..., Any]) -> Callable[..., Any]:
         if field.name in CHOICES:
             kind["type"] = click.Choice(CHOICES[field.name])
         elif field.name == "milestones":
-            kind |= {"type": options.Numbers(float), "show_default": "1/3,2/3"}
+            shown = ",".join(str(Fraction(m).limit_denominator(1000)) for m in default)
+            kind |= {"type": options.Numbers(float), "default": shown}
         elif field.name == "momentum_correction":
             name, kind = f"{name}/--no-momentum-correction", kind | {"type": bool}
         elif isinstance(default, bool):
