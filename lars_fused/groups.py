@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
+from . import options as table
 from ._engine.members import NamedParameter, is_bias
 
 __all__ = ["param_groups"]
@@ -82,14 +82,10 @@ def param_groups(
     Warns:
         UserWarning: none of several names is one of a parameter: they may belong to another model.
     """
-    if (
-        isinstance(weight_decay, bool)
-        or not isinstance(weight_decay, Real)
-        or not math.isfinite(weight_decay)
-        or weight_decay < 0
-    ):
+    decay = table.finite(weight_decay)
+    if decay is None or decay < 0:
         raise ValueError(
-            f"param_groups: weight_decay={weight_decay!r} is not allowed; "
+            f"param_groups: weight_decay={table.shown(weight_decay)} is not allowed; "
             "must be a finite number >= 0"
         )
     if (
@@ -103,6 +99,8 @@ def param_groups(
     if not isinstance(strict, bool):
         raise TypeError(f"param_groups: strict={strict!r} is not allowed; must be True or False")
     alone = isinstance(exclude, str) or callable(exclude)
+    if not alone and not isinstance(exclude, Iterable):
+        raise _no_rule(exclude)
     rules: list[Any] = [exclude] if alone else list(exclude)
     named = _names_by_parameter(model)
     patterns = _patterns(rules, [name for names, _ in named for name in names], strict or alone)
@@ -121,7 +119,7 @@ def param_groups(
         )
         (left_out if out else adapted).append(NamedParameter(names[0], parameter, found_in))
     groups: list[dict[str, Any]] = [
-        {"params": adapted, "weight_decay": float(weight_decay), "adapt": True},
+        {"params": adapted, "weight_decay": decay, "adapt": True},
         {"params": left_out, "weight_decay": 0.0, "adapt": False},
     ]
     return [group for group in groups if group["params"]]
@@ -141,6 +139,11 @@ def _names_by_parameter(
     pairs: Iterable[tuple[str, Tensor]] = (
         model.named_parameters(remove_duplicate=False) if isinstance(model, nn.Module) else model
     )
+    if isinstance(pairs, Tensor) or not isinstance(pairs, Iterable):
+        raise TypeError(
+            f"param_groups: model is a {type(model).__name__}; "
+            "must be a module or (name, parameter) pairs, such as model.named_parameters()"
+        )
     by_id: dict[int, tuple[list[str], Tensor]] = {}
     owner: dict[str, int] = {}
     for pair in pairs:
@@ -168,15 +171,19 @@ def _names_by_parameter(
     return list(by_id.values())
 
 
+def _no_rule(rule: object) -> TypeError:
+    return TypeError(
+        f"param_groups: exclude={rule!r} is not allowed; "
+        "must be a name pattern or a function of (name, parameter), or several of them"
+    )
+
+
 def _patterns(rules: list[Any], names: list[str], strict: bool) -> list[str]:
     """The patterns among the rules. Those that must match do, or a misspelt one would go unseen."""
     patterns = [rule for rule in rules if isinstance(rule, str)]
     for rule in rules:
         if not isinstance(rule, str) and not callable(rule):
-            raise TypeError(
-                f"param_groups: exclude={rule!r} is not allowed; "
-                "must be a name pattern or a function of (name, parameter)"
-            )
+            raise _no_rule(rule)
     missing = [rule for rule in patterns if not any(fnmatchcase(name, rule) for name in names)]
     for rule in missing:
         if strict or any(sign in rule for sign in "*?["):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
@@ -44,23 +45,42 @@ def multi_tensor_l2norm(
             backend="triton" does not support.
     """
     table.check_choice("backend", backend, table.BACKENDS, "multi_tensor_l2norm: ")
+    table.check_flag("per_tensor", per_tensor, "multi_tensor_l2norm: ")
+    if isinstance(tensors, Tensor) or not isinstance(tensors, Iterable):
+        raise TypeError(
+            f"multi_tensor_l2norm: tensors is a {type(tensors).__name__}; must be a list of "
+            "tensors, such as [tensor]"
+        )
     tensors = list(tensors)
-    for i, t in enumerate(tensors):
+    _check_tensors("multi_tensor_l2norm", "tensors", tensors)
+    return _norms(
+        tensors, per_tensor, backend,
+        lambda i: validate.describe(f"tensors[{i}]", tensors[i], what="multi_tensor_l2norm"),
+    )  # fmt: skip
+
+
+def _check_tensors(caller: str, name: str, given: Sequence[object]) -> None:
+    for i, t in enumerate(given):
         if not isinstance(t, Tensor):
-            raise TypeError(
-                f"multi_tensor_l2norm: tensors[{i}] is a {type(t).__name__}; must be a tensor"
-            )
-        validate.check_readable(t, f"tensors[{i}]")
-        sharding.check(t, {}, partial(validate.describe, f"tensors[{i}]", t))
+            raise TypeError(f"{caller}: {name}[{i}] is a {type(t).__name__}; must be a tensor")
+
+
+def _norms(
+    tensors: Sequence[Tensor], per_tensor: bool, backend: str, label: Callable[[int], str]
+) -> Tensor:
+    """`multi_tensor_l2norm`; `label`: the prefix of a message about the i-th tensor."""
+    for i, t in enumerate(tensors):
+        validate.check_readable(t, partial(label, i))
+        sharding.check(t, {}, partial(label, i))
     if not tensors:
         return torch.zeros([0] if per_tensor else [], dtype=torch.float64, device="cpu")
     with torch.no_grad():
-        squares = _squares([sharding.local(t) for t in tensors], backend)
+        squares = _squares([sharding.local(t) for t in tensors], backend, label)
         sharding.Shards(tensors).add_up_squares(squares)
     return squares.sqrt() if per_tensor else squares.sum().sqrt()
 
 
-def _squares(tensors: list[Tensor], backend: str) -> Tensor:
+def _squares(tensors: list[Tensor], backend: str, label: Callable[[int], str]) -> Tensor:
     home = tensors[0].device
     found: list[Tensor | None] = [None] * len(tensors)
     taken: dict[tuple[torch.device, torch.dtype], list[int]] = {}
@@ -79,10 +99,7 @@ def _squares(tensors: list[Tensor], backend: str) -> Tensor:
         if reason is None:
             taken.setdefault((t.device, t.dtype), []).append(i)
         elif backend == "triton":
-            raise RuntimeError(
-                f"{validate.describe(f'tensors[{i}]', t)}: backend='triton' cannot read it: "
-                f"{reason}"
-            )
+            raise RuntimeError(f"{label(i)}: backend='triton' cannot read it: {reason}")
         else:
             others.setdefault(t.device, []).append(i)
     parts = [(i, torch_step.squared_norms([tensors[k] for k in i])) for i in others.values()]
@@ -133,42 +150,58 @@ def _sums_of_squares(device: torch.device, dtype: torch.dtype, tensors: list[Ten
 @torch.no_grad()
 def clip_grad_norm_(
     parameters: Tensor | Iterable[Tensor],
-    max_norm: float,
+    max_norm: float | Tensor,
     *,
     error_if_nonfinite: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Scale all gradients in place so that their joint L2 norm is at most `max_norm`.
 
-    g = g · min(1, max_norm / (N + 1e-6)) with N the norm over all gradients: a
-    replacement for `torch.nn.utils.clip_grad_norm_`.
+    g = g · min(1, max_norm / (N + 1e-6)) with N the norm over all gradients: a replacement for
+    `torch.nn.utils.clip_grad_norm_` with norm_type=2.
 
     Args:
         parameters: tensors whose `.grad` is to be clipped; those without one are skipped.
-        max_norm: largest norm allowed, >= 0.
+        max_norm: largest norm allowed, >= 0; a number, or a tensor of one, which is not read if it
+            is in device memory.
         error_if_nonfinite: raise if N is NaN or infinite. Synchronises with the device.
         backend: "auto", "triton" or "torch", as for `LARS`.
 
     Returns:
-        N before clipping, as a tensor; the host is not synchronised until you read its value.
+        N before clipping, as a float64 tensor (float32 on MPS); the host is not synchronised until
+        you read its value.
 
     Raises:
         ValueError: if `max_norm` is negative or NaN.
-        RuntimeError: if N is not finite and `error_if_nonfinite` is True; no gradient is modified.
+        TypeError: if `parameters` are no tensors.
+        RuntimeError: if a gradient is not a dense floating-point tensor, or if N is not finite and
+            `error_if_nonfinite` is True; no gradient is modified.
     """
-    if isinstance(max_norm, bool) or not isinstance(max_norm, (int, float)) or not max_norm >= 0:
-        raise ValueError(
-            f"clip_grad_norm_: max_norm={max_norm!r} is not allowed; must be a number >= 0"
+    largest = _largest(max_norm)
+    table.check_choice("backend", backend, table.BACKENDS, "clip_grad_norm_: ")
+    table.check_flag("error_if_nonfinite", error_if_nonfinite, "clip_grad_norm_: ")
+    if not isinstance(parameters, Iterable):
+        raise TypeError(
+            f"clip_grad_norm_: parameters is a {type(parameters).__name__}; must be a tensor or "
+            "several, such as model.parameters()"
         )
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    _check_tensors("clip_grad_norm_", "parameters", parameters)
+    where = [i for i, p in enumerate(parameters) if p.grad is not None]
     grads = [p.grad for p in parameters if p.grad is not None]
-    total = multi_tensor_l2norm(grads, per_tensor=False, backend=backend)
+
+    def label(i: int) -> str:
+        return validate.describe(f"parameters[{where[i]}].grad", grads[i], what="clip_grad_norm_")
+
+    total = _norms(grads, False, backend, label)
     if error_if_nonfinite and not torch.isfinite(total):
         raise RuntimeError(
             f"clip_grad_norm_: the norm of the gradients is {float(total)}; "
             "set error_if_nonfinite=False to clip anyway"
         )
-    factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
+    if isinstance(largest, Tensor):
+        largest = largest.detach().reshape(()).to(total)
+    factor = (largest / (total + 1e-6)).clamp(max=1.0)
     by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for g in map(sharding.local, grads):
         by_kind.setdefault((g.device, g.dtype), []).append(g)
@@ -177,3 +210,20 @@ def clip_grad_norm_(
         kind = factor.dtype if device.type == "cpu" else dtype
         torch._foreach_mul_(same, factor.to(device, kind))
     return total
+
+
+def _largest(max_norm: object) -> float | Tensor:
+    """`max_norm` as a number, or as a tensor in device memory, which the host does not read."""
+    given = max_norm
+    if isinstance(given, Tensor) and given.numel() == 1 and not given.is_complex():
+        if given.device.type != "cpu":
+            return given
+        given = given.item()
+    infinite = isinstance(given, float) and given == math.inf
+    number = math.inf if infinite else table.finite(given)
+    if number is None or number < 0:
+        raise ValueError(
+            f"clip_grad_norm_: max_norm={table.shown(max_norm)} is not allowed; "
+            "must be a number >= 0, or a tensor of one"
+        )
+    return number

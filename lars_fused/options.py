@@ -21,6 +21,24 @@ from torch import Tensor
 from .kernels import layout
 
 
+def finite(value: object) -> float | None:
+    """A finite real number as a float; None of everything else, flags too."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:  # an integer beyond the floats
+        return None
+    return number if math.isfinite(number) else None
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it; of an integer beyond the floats, its length."""
+    if isinstance(value, int) and value.bit_length() > 1024:
+        return f"(an integer of {value.bit_length()} bits)"
+    return repr(value)
+
+
 def _check_number(name: str, value: object, largest: float | None, where: str) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         extra = " or a 1-element tensor" if name == "lr" else ""
@@ -28,9 +46,9 @@ def _check_number(name: str, value: object, largest: float | None, where: str) -
             f"{where}{name}={value!r} is a {type(value).__name__}; must be a number{extra}"
         )
     allowed = "a finite number >= 0" if largest is None else f"in [0, {largest:g}]"
-    number = float(value)
-    if not math.isfinite(number) or number < 0 or (largest is not None and number > largest):
-        raise ValueError(f"{where}{name}={value!r} is not allowed; must be {allowed}")
+    number = finite(value)
+    if number is None or number < 0 or (largest is not None and number > largest):
+        raise ValueError(f"{where}{name}={shown(value)} is not allowed; must be {allowed}")
 
 
 def check_choice(name: str, value: object, allowed: Sequence[Any], where: str) -> None:
@@ -50,9 +68,14 @@ def _check_lr(name: str, value: object, where: str, read_device: bool) -> None:
         _check_number(name, value, None, where)
         return
     if value.numel() != 1:
-        raise ValueError("Tensor lr must be 1-element")
+        raise ValueError(
+            f"{where}lr is a tensor of shape {tuple(value.shape)}. Tensor lr must be 1-element; "
+            "for several learning rates, give each parameter group its own"
+        )
     if not value.is_floating_point():
         raise TypeError(f"{where}lr is a tensor of {value.dtype}; must be a floating-point tensor")
+    if value.is_meta:
+        raise ValueError(f"{where}lr is on the meta device; must be a tensor that has a value")
     # Reading a device tensor synchronises: done at construction, never in a step.
     if value.device.type == "cpu" or read_device:
         _check_number(name, float(value), None, where)
@@ -207,6 +230,11 @@ def check(values: Mapping[str, Any], where: str, read_device: bool = True) -> No
         ValueError, TypeError: naming the option, its value and what is allowed.
     """
     for name, kind in TABLE.items():
+        if name not in values:
+            raise ValueError(
+                f"{where}{name} is missing; every group needs every option: set it, or let "
+                "add_param_group add the group with the optimizer's defaults"
+            )
         kind.check(name, values[name], where, read_device)
     if values["nesterov"] and (values["momentum"] == 0 or values["dampening"] != 0):
         raise ValueError(

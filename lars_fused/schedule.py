@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+
+from . import options as table
 
 __all__ = ["WarmupPolynomialLR", "scaled_lr"]
 
@@ -131,22 +134,30 @@ def scaled_lr(
         The scaled learning rate.
 
     Raises:
-        ValueError: an argument is out of range, or the rule is unknown.
+        ValueError: an argument or the result is out of range, or the rule is unknown.
     """
     base = _real("scaled_lr", "base_lr", base_lr)
-    ratio = _integer("batch_size", batch_size, at_least=1, owner="scaled_lr") / _integer(
-        "base_batch_size", base_batch_size, at_least=1, owner="scaled_lr"
-    )
-    if rule == "linear":
-        return base * ratio
-    if rule == "sqrt":
-        return base * math.sqrt(ratio)
-    raise ValueError(f"scaled_lr: rule={rule!r} is not allowed; must be 'linear' or 'sqrt'")
+    batch = _integer("batch_size", batch_size, at_least=1, owner="scaled_lr")
+    tuned_for = _integer("base_batch_size", base_batch_size, at_least=1, owner="scaled_lr")
+    if rule not in ("linear", "sqrt"):
+        raise ValueError(f"scaled_lr: rule={rule!r} is not allowed; must be 'linear' or 'sqrt'")
+    scaled = math.inf
+    with contextlib.suppress(OverflowError):
+        ratio = batch / tuned_for
+        scaled = base * (ratio if rule == "linear" else math.sqrt(ratio))
+    if scaled == math.inf:
+        raise ValueError(
+            f"scaled_lr: base_lr={base!r} scaled from base_batch_size={table.shown(tuned_for)} to "
+            f"batch_size={table.shown(batch)} is beyond the floating-point numbers; must be finite"
+        )
+    return scaled
 
 
 def _integer(name: str, value: Any, *, at_least: int, owner: str = "WarmupPolynomialLR") -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < at_least:
-        raise ValueError(f"{owner}: {name}={value!r} is not allowed; must be an int >= {at_least}")
+        raise ValueError(
+            f"{owner}: {name}={table.shown(value)} is not allowed; must be an int >= {at_least}"
+        )
     return int(value)
 
 
@@ -154,11 +165,12 @@ def _real(
     owner: str, name: str, value: Any, *, above: float | None = None, at_most: float = math.inf
 ) -> float:
     """A finite number ≥ 0, or > `above`, and ≤ `at_most`."""
-    real = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    if not real or value > at_most or (value < 0 if above is None else value <= above):
+    number = table.finite(value)
+    if number is None or number > at_most or (number < 0 if above is None else number <= above):
         lower = ">= 0" if above is None else f"> {above:g}"
         upper = "" if at_most == math.inf else f" and <= {at_most:g}"
         raise ValueError(
-            f"{owner}: {name}={value!r} is not allowed; must be a finite number {lower}{upper}"
+            f"{owner}: {name}={table.shown(value)} is not allowed; "
+            f"must be a finite number {lower}{upper}"
         )
-    return float(value)
+    return number

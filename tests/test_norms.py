@@ -1,7 +1,9 @@
 """`multi_tensor_l2norm` and `clip_grad_norm_` against float64, in both backends."""
 
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
@@ -285,3 +287,22 @@ def test_a_norm_whose_square_passes_float64_does_not_raise(backend, device):
         [torch.full((4 * 4096,), 1.2e152, dtype=torch.float64, device=device)], backend="torch"
     )
     assert norm == torch.inf
+
+
+@pytest.mark.parametrize(
+    "max_norm",
+    [0.5, np.float32(0.5), Fraction(1, 2), torch.tensor(0.5), torch.tensor([0.5]).half()],
+    ids=lambda value: type(value).__name__,
+)
+def test_max_norm_of_every_kind_of_number(max_norm, backend, device):
+    """Torch's takes them too."""
+    p = torch.nn.Parameter(torch.ones(4, device=device))
+    p.grad = torch.full_like(p, 2.0)
+    places = [max_norm, max_norm.to(device)] if isinstance(max_norm, torch.Tensor) else [max_norm]
+    for value in places:
+        p.grad = torch.full_like(p, 2.0)
+        total = clip_grad_norm_([p], value, backend=backend)
+        assert float(total) == 4.0
+        assert p.grad.tolist() == pytest.approx([0.25] * 4, rel=1e-6)
+    clip_grad_norm_([p], math.inf, backend=backend)
+    assert p.grad.tolist() == pytest.approx([0.25] * 4, rel=1e-6)

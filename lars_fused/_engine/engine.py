@@ -151,11 +151,14 @@ class Engine:
             self._params = parameters.parameters(groups, self.settings.exclude_ndim)
             self.prepared.clear()
             self.origins.keep(flat)
-        values: list[tuple[object, ...]] = [
-            tuple(map(group.__getitem__, Options._fields)) for group in groups
-        ]
+        try:
+            values: list[tuple[object, ...]] = [
+                tuple(map(group.__getitem__, Options._fields)) for group in groups
+            ]
+        except KeyError:  # the check names what is missing
+            values = []
         tensors = any(isinstance(value[0], Tensor) for value in values)  # the learning rate
-        if tensors or values != self._hyper.values:
+        if tensors or not values or values != self._hyper.values:
             for g, group in enumerate(groups):
                 table.check(group, f"LARS: param_groups[{g}]: ", read_device=False)
             options = [table.pick(group) for group in groups]

@@ -153,11 +153,12 @@ def _check_storage(t: Tensor, whose: str, label: Callable[[], str]) -> None:
         raise RuntimeError(f"{label()}: {whose} storage was freed; restore it before the step")
 
 
-def check_readable(t: Tensor, where: str) -> None:
+def check_readable(t: Tensor, label: Callable[[], str]) -> None:
     """Raise unless the norm of `t` can be computed."""
     if t.layout != torch.strided or t.is_complex() or t.dtype not in PARAMETER_DTYPES:
         raise RuntimeError(
-            f"{describe(where, t)}: must be a dense floating-point tensor (layout: {t.layout})"
+            f"{label()}: must be a dense floating-point tensor (layout: {t.layout}; float32, "
+            "float16, bfloat16 or float64); convert it or leave it out"
         )
 
 

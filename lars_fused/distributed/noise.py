@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from numbers import Real
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+
+
+def register_hook(
+    caller: str,
+    ddp_model: DistributedDataParallel,
+    hook: Callable[[Any], torch.futures.Future[Tensor]],
+) -> None:
+    """Give a DDP model its communication hook, a function of a bucket.
+
+    Raises:
+        RuntimeError: it has had one before: torch takes one, once.
+    """
+    try:
+        # DDP compares annotations, which are strings here: a lambda has none.
+        ddp_model.register_comm_hook(None, lambda _, bucket: hook(bucket))
+    except RuntimeError as error:
+        if "once" not in str(error):
+            raise
+        raise RuntimeError(
+            f"{caller}: ddp_model has a communication hook already, and DDP takes one, once; what "
+            "overlap_with_backward or NoiseScale.attach put there stays, also after remove(): wrap "
+            "the module in a new DistributedDataParallel"
+        ) from error
 
 
 class NoiseScale:
@@ -53,7 +77,8 @@ class NoiseScale:
             raise ValueError(
                 f"NoiseScale: batch_size={batch_size!r} is not allowed; must be an int >= 1"
             )
-        if not 0.0 <= decay < 1.0:
+        number = isinstance(decay, Real) and not isinstance(decay, bool)
+        if not number or not 0.0 <= decay < 1.0:
             raise ValueError(f"NoiseScale: decay={decay!r} is not allowed; must be in [0, 1)")
         self.batch_size, self.decay, self._group = batch_size, decay, group
         self._mean = torch.zeros(3, dtype=torch.float64)  # of tr(Σ), |G|² and 1
@@ -72,7 +97,16 @@ class NoiseScale:
 
         Occupies DDP's only communication hook, and averages as DDP itself does. For a model whose
         steps are overlapped use `overlap_with_backward(..., noise_scale=noise)` instead.
+
+        Raises:
+            TypeError: `ddp_model` is no DistributedDataParallel.
+            RuntimeError: it has had a communication hook before.
         """
+        if not isinstance(ddp_model, DistributedDataParallel):
+            raise TypeError(
+                f"NoiseScale: ddp_model is a {type(ddp_model).__name__}; must be a "
+                "DistributedDataParallel; without one use micro_batch()"
+            )
         group = ddp_model.process_group
         ranks = dist.get_world_size(group)
 
@@ -90,8 +124,7 @@ class NoiseScale:
             then: torch.futures.Future[Tensor] = future.then(reduced)
             return then
 
-        # DDP compares annotations, which are strings here: a lambda has none.
-        ddp_model.register_comm_hook(None, lambda _, bucket: average(bucket))
+        register_hook("NoiseScale", ddp_model, average)
         self._group = group
 
     def _before(self, gradients: Tensor) -> None:

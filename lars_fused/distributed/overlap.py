@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lars_fused import LARS
 
 from .._engine.rank_check import check_same_on_all_ranks
-from .noise import NoiseScale
+from .noise import NoiseScale, register_hook
 
 
 def overlap_with_backward(
@@ -55,16 +55,18 @@ def overlap_with_backward(
         noise_scale: measures the same gradients; DDP allows only one communication hook.
 
     Returns:
-        A handle whose `remove()` returns to plain steps.
+        A handle whose `remove()` returns to plain steps. DDP keeps its one communication hook: to
+        overlap again after that, wrap the module in a new DistributedDataParallel.
 
     Raises:
         TypeError, ValueError: for what cannot be overlapped: another optimizer or wrapper,
             `find_unused_parameters=True` (unused parameters are known only at the end), DDP's own
             mixed precision, and parameters that the model does not reduce.
-        RuntimeError: in `step()`: for a closure, for GradScaler (found_inf is known only after all
-            layers), for gradients changed after `backward()` (clipping by the global norm), for
-            parameters with a gradient that the model did not reduce; in `backward()`: for a second
-            synchronised pass without a step, and inside `join()`.
+        RuntimeError: for a model that has had a communication hook. In `step()`: for a closure, for
+            GradScaler (found_inf is known only after all layers), for gradients changed after
+            `backward()` (clipping by the global norm), for parameters with a gradient that the
+            model did not reduce; in `backward()`: for a second synchronised pass without a step,
+            and inside `join()`.
 
     Example:
         >>> overlap_with_backward(ddp_model, optimizer)  # doctest: +SKIP
@@ -140,14 +142,16 @@ class Overlap:
         self._used: set[int] = set()  # those that had a gradient in the rehearsal
         self._seen: list[tuple[Tensor, int]] = []  # gradients and their versions after backward
         self._scale: Tensor | None = None
-        # DDP compares annotations, which are strings here: a lambda has none.
-        model.register_comm_hook(None, lambda _, bucket: self._hook(bucket))
+        register_hook("overlap_with_backward", model, self._hook)
         optimizer._overlap = self
         parts = sum(len(group["params"]) for group in optimizer.param_groups)
         optimizer._engine.prepared.room += parts
 
     def remove(self) -> None:
-        """Return to plain steps by `step()`. DDP keeps the hook, which then only averages."""
+        """Return to plain steps by `step()`. DDP keeps the hook, which then only averages.
+
+        To overlap again wrap the module in a new DistributedDataParallel: a model takes one hook.
+        """
         if self._optimizer._overlap is self:
             self._optimizer._overlap = None
 
@@ -264,5 +268,6 @@ class Overlap:
                         f"overlap_with_backward: param_groups[{g}]['params'][{i}] (shape "
                         f"{tuple(p.shape)}) has a gradient that the backward pass did not reduce"
                         f"{' in the first step' if self._rehearsed else ''}{taken}; use plain "
-                        "steps, or overlap anew once every parameter has a gradient"
+                        "steps, or overlap a new DistributedDataParallel of the module once every "
+                        "parameter has a gradient"
                     )

@@ -57,6 +57,12 @@ def infinite_gradient() -> list[nn.Parameter]:
     return [p]
 
 
+def sparse_gradient() -> list[nn.Parameter]:
+    params = [nn.Parameter(W.clone()) for _ in range(2)]
+    params[1].grad = W.to_sparse()
+    return params
+
+
 def schedule(**changes: Any) -> Any:
     optimizer = LARS([nn.Parameter(W.clone())], 0.1)
     return WarmupPolynomialLR(optimizer, **{"total_steps": 10, "warmup_steps": 2, **changes})
@@ -99,6 +105,9 @@ CASES: dict[str, Callable[[], Any]] = {
     "param_groups: no parameters": lambda: param_groups([], 0.1),
     "param_groups: pattern that matches nothing": lambda: param_groups(LINEAR, 0.1, exclude="bia"),
     "param_groups: rule that is no rule": lambda: param_groups(LINEAR, 0.1, exclude=[3]),
+    "param_groups: exclude that is no rule": lambda: param_groups(LINEAR, 0.1, exclude=3),
+    "param_groups: no model": lambda: param_groups(3, 0.1),
+    "param_groups: weight_decay beyond the floats": lambda: param_groups(LINEAR, 10**400),
     "param_groups: strict that is no flag": lambda: param_groups(LINEAR, 0.1, strict=1),
     "param_groups: a name that the model does not have, strict": lambda: param_groups(
         LINEAR, 0.1, exclude=["weight", "pos_embed"], strict=True
@@ -111,8 +120,12 @@ CASES: dict[str, Callable[[], Any]] = {
     "Monitor: writer that cannot write": lambda: Monitor(LARS([nn.Parameter(W.clone())]), 3),
     "Monitor: nothing to draw": lambda: Monitor(LARS([nn.Parameter(W.clone())])).picture(),
     "scaled_lr: unknown rule": lambda: scaled_lr(0.1, 256, rule="cubic"),
+    "scaled_lr: base_lr beyond the floats": lambda: scaled_lr(10**400, 256),
+    "scaled_lr: batch_size beyond the floats": lambda: scaled_lr(0.1, 10**400),
+    "scaled_lr: a result beyond the floats": lambda: scaled_lr(1e308, 10**5),
     "scaled_lr: batch_size 0": lambda: scaled_lr(0.1, 0),
     "WarmupPolynomialLR: total_steps 0": lambda: schedule(total_steps=0),
+    "WarmupPolynomialLR: end_lr beyond the floats": lambda: schedule(end_lr=10**400),
     "WarmupPolynomialLR: negative power": lambda: schedule(power=-1.0),
     "convert_state_dict: unknown source": lambda: convert_state_dict(sgd(), "adam"),
     "convert_state_dict: unknown option": lambda: convert_state_dict(sgd(), "sgd", speed=1),
@@ -127,11 +140,21 @@ CASES: dict[str, Callable[[], Any]] = {
     ),
     "multi_tensor_l2norm: no tensor": lambda: multi_tensor_l2norm([3.0]),
     "multi_tensor_l2norm: integers": lambda: multi_tensor_l2norm([torch.tensor([1, 2])]),
+    "multi_tensor_l2norm: a tensor in the place of the list": lambda: multi_tensor_l2norm(W),
+    "multi_tensor_l2norm: per_tensor that is no flag": lambda: multi_tensor_l2norm(
+        [W], per_tensor=1
+    ),
+    "multi_tensor_l2norm: sparse": lambda: multi_tensor_l2norm([W.to_sparse()]),
     "multi_tensor_l2norm: unknown backend": lambda: multi_tensor_l2norm([W], backend="cuda"),
     "multi_tensor_l2norm: forced kernels": lambda: multi_tensor_l2norm(
         [W.double().t()], backend="triton"
     ),
     "clip_grad_norm_: negative max_norm": lambda: clip_grad_norm_([], -1.0),
+    "clip_grad_norm_: NaN tensor as max_norm": lambda: clip_grad_norm_([], torch.tensor(math.nan)),
+    "clip_grad_norm_: max_norm of two": lambda: clip_grad_norm_([], torch.ones(2)),
+    "clip_grad_norm_: a model": lambda: clip_grad_norm_(LINEAR, 1.0),
+    "clip_grad_norm_: parameters that are no tensors": lambda: clip_grad_norm_(["weight"], 1.0),
+    "clip_grad_norm_: sparse gradient": lambda: clip_grad_norm_(sparse_gradient(), 1.0),
     "clip_grad_norm_: infinite norm": lambda: clip_grad_norm_(
         infinite_gradient(), 1.0, error_if_nonfinite=True
     ),
@@ -140,6 +163,8 @@ CASES: dict[str, Callable[[], Any]] = {
     ),
     "NoiseScale: batch_size 0": lambda: NoiseScale(0),
     "NoiseScale: decay 1": lambda: NoiseScale(1, decay=1.0),
+    "NoiseScale: decay that is no number": lambda: NoiseScale(1, decay="0.9"),
+    "NoiseScale: attached to what is no DDP": lambda: NoiseScale(1).attach(LINEAR),
     "NoiseScale: nothing measured": lambda: NoiseScale(1).update(),
     "NoiseScale: attached and by micro-batches": both_ways,
     "NoiseScale: one batch size": one_micro_batch,

@@ -162,6 +162,14 @@ CASES: dict[str, Prepare] = {
     "NaN lr in a group, found by `step()`": stepping(a_group_option(lr=math.nan)),
     "lr that is no number": calling(lambda w: LARS(w.params, lr="0.1")),
     "lr tensor of two elements": calling(lambda w: LARS(w.params, lr=torch.ones(2))),
+    "lr tensor of two elements, found by `step()`": stepping(a_group_option(lr=torch.ones(2))),
+    "lr tensor on the meta device": calling(
+        lambda w: LARS(w.params, lr=torch.tensor(0.1, device="meta"))
+    ),
+    "lr beyond the floats": calling(lambda w: LARS(w.params, lr=10**400)),
+    "a group without an option, found by `step()`": stepping(
+        lambda w: w.optimizer.param_groups[0].pop("eps")
+    ),
     "lr tensor of integers": calling(lambda w: LARS(w.params, lr=torch.tensor(1))),
     "momentum above 1": calling(lambda w: LARS(w.params, momentum=1.1)),
     "negative weight_decay in a new group": calling(

@@ -29,7 +29,7 @@ from lars_fused._engine import (
     queue_state,
     rank_check,
 )
-from lars_fused.distributed import check_same_on_all_ranks, overlap_with_backward
+from lars_fused.distributed import NoiseScale, check_same_on_all_ranks, overlap_with_backward
 from lars_fused.monitor import Monitor
 from tests.contract.wrapped_tensors import Deaf, ReadOnly
 
@@ -233,6 +233,11 @@ def twice(made: Overlapped) -> None:
     made.handle._begin()
 
 
+def again(made: Overlapped) -> None:
+    made.handle.remove()
+    overlap_with_backward(made.model, made.optimizer)
+
+
 def refused_by_overlap(
     change: Callable[[nn.parallel.DistributedDataParallel], Any] = lambda _: None,
     make: Callable[[nn.Module], Any] = lambda model: LARS(model.parameters(), 0.1),
@@ -336,6 +341,10 @@ REFUSALS: dict[str, Call] = {
     ),
     "overlap_with_backward: twice": overlapped(
         lambda made: overlap_with_backward(made.model, made.optimizer)
+    ),
+    "overlap_with_backward: after remove()": overlapped(again),
+    "NoiseScale: attached to a model with a hook": overlapped(
+        lambda made: NoiseScale(1).attach(made.model)
     ),
     "overlap_with_backward: find_unused_parameters": refused_by_overlap(
         find_unused_parameters=True

@@ -81,14 +81,14 @@ def test_step_refuses_what_was_edited_between_two_steps(backend, device):
 def test_lr_tensor_of_two_elements_is_refused_everywhere(backend, device):
     a, b = make_params(SHAPES, device=device)
     two = torch.tensor([0.1, 0.2])
-    with pytest.raises(ValueError, match=r"^Tensor lr must be 1-element$"):
+    with pytest.raises(ValueError, match=r"^LARS: .*Tensor lr must be 1-element; "):
         LARS([a], lr=two, backend=backend)
     optimizer = LARS([a], lr=0.1, backend=backend)
-    with pytest.raises(ValueError, match=r"^Tensor lr must be 1-element$"):
+    with pytest.raises(ValueError, match=r"^LARS: .*Tensor lr must be 1-element; "):
         optimizer.add_param_group({"params": [b], "lr": two})
     set_grads([a])
     optimizer.param_groups[0]["lr"] = two
-    with pytest.raises(ValueError, match=r"^Tensor lr must be 1-element$"):
+    with pytest.raises(ValueError, match=r"^LARS: .*Tensor lr must be 1-element; "):
         optimizer.step()
     with pytest.raises(TypeError, match="floating-point"):
         LARS([a], lr=torch.tensor(1), backend=backend)

@@ -1,5 +1,6 @@
 """Steps taken inside the backward pass: the same weights, and a refusal of what cannot be."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -9,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from lars_fused import LARS, WarmupPolynomialLR, clip_grad_norm_
 from lars_fused.distributed import overlap_with_backward
 from tests import internals
+from tests.contract.bad_situations import group_of_one
 from tests.distributed import networks as nets
 from tests.distributed.ranks import raised, same_bits
 
@@ -235,3 +237,28 @@ def removed(rank, size):
 
 def test_remove_returns_to_plain_steps(two):
     two.run(removed)
+
+
+def test_after_remove_a_new_wrapper_can_be_overlapped():
+    """DDP keeps its one hook, so the old wrapper cannot."""
+    with group_of_one():
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 2)
+        alone = copy.deepcopy(model)
+        optimizer, plain = LARS(model.parameters(), 0.1), LARS(alone.parameters(), 0.1)
+        ddp = DDP(model)
+        for step in range(6):
+            if step % 3 == 0:
+                handle = overlap_with_backward(ddp, optimizer)
+            for net, takes in ((ddp, optimizer), (alone, plain)):
+                net(torch.ones(4, 3)).square().sum().backward()
+                takes.step()
+                takes.zero_grad()
+            if step == 2:
+                handle.remove()
+                with pytest.raises(RuntimeError, match=r"wrap the module in a new Distributed"):
+                    overlap_with_backward(ddp, optimizer)
+                assert optimizer._overlap is None
+                ddp = DDP(model)
+        for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+            assert torch.equal(p, q)
