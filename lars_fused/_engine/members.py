@@ -32,7 +32,7 @@ class NamedParameter(tuple[str, Tensor]):
 
     `torch.optim.Optimizer` takes the pair apart. What stands before it, such as
     ZeroRedundancyOptimizer, may look at `device`, `numel()` or `requires_grad` of a group's
-    parameters, or hand them to torch functions. Copies and pickles are plain pairs.
+    parameters, set them, or hand them to torch functions. Copies and pickles are plain pairs.
     """
 
     model: Model | None
@@ -48,6 +48,15 @@ class NamedParameter(tuple[str, Tensor]):
         if attribute.startswith("__"):
             raise AttributeError(attribute)
         return getattr(self[1], attribute)
+
+    def __setattr__(self, attribute: str, value: object) -> None:
+        if attribute == "model":  # the pair's own
+            super().__setattr__(attribute, value)
+        else:
+            setattr(self[1], attribute, value)
+
+    def __delattr__(self, attribute: str) -> None:
+        delattr(self[1], attribute)
 
     @classmethod
     def __torch_function__(

@@ -89,6 +89,19 @@ def test_parameters_that_nobody_gives_a_gradient_are_told_of_once(backend, devic
             optimizer.step()
 
 
+def test_what_is_set_on_a_pair_is_set_on_its_parameter(backend, device):
+    model = network(device)
+    _, left_out = (group["params"] for group in param_groups(model, 1e-4))
+    left_out[0].requires_grad = False  # frozen as one freezes a parameter
+    assert not model[0].bias.requires_grad
+    left_out[1].grad = torch.ones(2, device=device)
+    assert torch.equal(model[1].bias.grad, left_out[1].grad)
+    left_out[1].mine = 3
+    assert model[1].bias.mine == 3
+    del left_out[1].mine
+    assert not hasattr(model[1].bias, "mine")
+
+
 def test_the_pairs_answer_as_their_parameters_and_copies_are_plain(backend, device):
     model = network(device)
     (pair, *_), _ = (group["params"] for group in param_groups(model, 1e-4))
