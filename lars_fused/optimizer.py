@@ -77,7 +77,8 @@ class LARS(Optimizer):
 
     State of a parameter: `momentum_buffer`, and `master_param` with master_weights. A first step
     with learning rates of 0 and gradients of 0 only allocates it, which is how
-    torch.distributed.checkpoint asks for it.
+    torch.distributed.checkpoint asks for it. To tell, a first step with learning rates of 0 reads
+    the gradients, once: on a GPU the host then waits for it.
 
     GradScaler's scale and overflow flag are read in the kernel. Gradients that were unscaled and
     clipped before the step work too. Lightning's Trainer and Fabric always unscale and clip before.

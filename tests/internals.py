@@ -159,6 +159,18 @@ def forget_plans() -> None:
     plan.cached_plan.cache_clear()
 
 
+def count_reads_of_gradients(patch: pytest.MonkeyPatch) -> list[PreparedStep]:
+    """Grows whenever a step reads whether its gradients are zero."""
+    read, found = PreparedStep.gradients_are_zero, []
+
+    def noted(step: PreparedStep, seen: Any) -> bool:
+        found.append(step)
+        return read(step, seen)
+
+    patch.setattr(PreparedStep, "gradients_are_zero", noted)
+    return found
+
+
 def keep_found_inf_from_the_host(patch: pytest.MonkeyPatch) -> None:
     """A found_inf on the CPU is then read by the step alone, as one that lies on a GPU is."""
     patch.setattr(engine_tensors, "on_host", lambda _: False)

@@ -84,6 +84,7 @@ class Engine:
         """Forget what is known about state tensors: they have been replaced."""
         self._first_steps = new_state.FirstSteps()
         self._masters = new_state.Masters()
+        self._may_ask = True  # a step may be how torch asks for state
         self.forget()
 
     def forget(self) -> None:
@@ -111,7 +112,7 @@ class Engine:
         if found is None:
             return
         _, ready, seen = found
-        if not state and self._asks_for_state(ready.step, seen):
+        if self._may_ask and not state and self._asks_for_state(ready.step, seen):
             step = ready.step
             step.state.commit(state)
             self._masters.note(step.state)
@@ -126,11 +127,13 @@ class Engine:
 
         A step before any other, with learning rates of 0 and gradients of 0. It would not be
         without effect: a momentum buffer may hold the decay, and the first step's privileges (no
-        dampening) would be used up. Reads the gradients, once, where the learning rate starts at 0.
+        dampening) would be used up. Reads the gradients, once, where the learning rate starts at 0:
+        without momentum there is no state that could tell a later step from the first.
         """
         for o in self._hyper.options:
             if (isinstance(o.lr, Tensor) and o.lr.device.type != "cpu") or o.lr != 0:
                 return False
+        self._may_ask = False
         return step.gradients_are_zero(seen)
 
     def step_part(

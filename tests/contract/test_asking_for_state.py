@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from lars_fused import LARS, conventions
+from tests import internals
 from tests.tools import BOTH
 
 pytestmark = BOTH
@@ -99,3 +100,20 @@ def test_a_first_step_at_a_rate_of_0_with_gradients_is_a_step(backend, device):
     optimizer.step()
     assert all(torch.any(held["momentum_buffer"]) for held in optimizer.state.values())
     assert len(optimizer.layer_stats()) == 4
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_gradients_are_read_at_most_once(momentum, backend, device, monkeypatch):
+    """It waits for the device; without momentum there never is a state that says it was done."""
+    model, optimizer = network(device, "paper", backend, lr=0.0, momentum=momentum)
+    reads = internals.count_reads_of_gradients(monkeypatch)
+    for value in (1.0, 0.0, 1.0):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, value)
+        optimizer.step()
+    assert len(reads) == 1
+    saved = optimizer.state_dict()
+    optimizer.load_state_dict({**saved, "state": {}})
+    optimizer.zero_grad()
+    read(model, optimizer)  # asks of new state
+    assert len(reads) == 2
