@@ -75,6 +75,8 @@ def test_the_documentation_has_the_table():
     lacking = [line for line in options.documentation_table().splitlines() if line not in page]
     assert not lacking, f"paste options.documentation_table() into docs/options.md: {lacking}"
     assert options.documentation_table() in page, "docs/options.md has more than the table"
+    _, whole = page.split("Options of the whole optimizer only: ")
+    assert re.findall(r"`(\w+)` \(", whole) == list(options.Settings._fields)
 
 
 def other_value(name):

@@ -10,6 +10,7 @@ import torch
 import lars_fused
 from lars_fused import options
 from lars_fused._engine import launch
+from tests.repository import test_imports
 
 pytestmark = pytest.mark.cpu
 
@@ -48,6 +49,20 @@ def test_every_file_that_the_page_names_exists():
     names = set(re.findall(r"(?:\.\./|`)((?:lars_fused|kernels|tests|docs)/[\w/]+\.\w+)", PAGE))
     assert len(names) > 20
     assert [name for name in sorted(names) if not (ROOT / name).exists()] == []
+
+
+def test_who_may_import_whom_is_drawn_as_it_is_enforced():
+    drawn = PAGE.split("## Who may import whom")[1].split("```")[1]
+    engine = drawn.split("_engine/")[1].split("functional.py")[0]
+    lines = [line.strip().split(", ") for line in engine.splitlines() if "(only" not in line]
+    enforced = [
+        [name.removeprefix("_engine.") for name in line.split()]
+        for line in test_imports.LAYERS.splitlines()
+        if line.startswith("_engine.")
+    ]
+    assert [line for line in lines if line != [""]] == enforced
+    for name in test_imports.RANK:
+        assert re.search(rf"\b{name.split('.')[-1]}\b", drawn) or "checkpoints." in name, name
 
 
 # Whether a step is dampened decides alone when it matters which step is a tensor's first; and
