@@ -303,7 +303,7 @@ class LARS(Optimizer):
     @property
     def _parts_taken(self) -> int:
         """Grows whenever a step is taken, or a part of one; not where one does nothing."""
-        return self._engine.parts_taken
+        return self._engine.prepared.taken
 
     # ------------------------------------------------------------------ checkpoints
 

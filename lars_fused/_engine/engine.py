@@ -46,6 +46,8 @@ class PreparedSteps(dict[Pattern, Ready]):
 
     room = 8
     """How many are kept."""
+    taken = 0
+    """How many steps they took, or parts of steps; those too that only the device skipped."""
 
     def add(self, pattern: Pattern, ready: Ready) -> None:
         """Keep one more."""
@@ -65,6 +67,17 @@ class Hyper(NamedTuple):
     """What plans depend on, of each of the options."""
 
 
+_UNREAD = Hyper([], [], [])
+
+
+class Waiting:
+    """For the first gradient."""
+
+    steps = 0
+    """How many steps had none."""
+    over = False
+
+
 class Engine:
     """The prepared steps of one optimizer. Everything but captured tables can be rebuilt."""
 
@@ -73,27 +86,27 @@ class Engine:
         self.prepared = PreparedSteps()
         self.origins = Origins()
         self.layers = Layers()
-        self._without_any = 0  # steps before the first one with a gradient
+        self._waiting = Waiting()
         self._graphs = GraphPool()
         self._compared = False  # sharded parameters, against those of other ranks
-        self.parts_taken = 0
-        """How many steps, or parts of steps, were taken; with those that only a device skipped."""
-        self.begin_with_new_state()
+        self._first_steps = new_state.FirstSteps()
+        self._masters = new_state.Masters()
+        self._params = parameters.NONE
+        self._hyper = _UNREAD
+        self.last: list[Ready] = []
+        """What the last step consisted of: parts, if it was taken in parts."""
 
     def begin_with_new_state(self) -> None:
         """Forget what is known about state tensors: they have been replaced."""
         self._first_steps = new_state.FirstSteps()
         self._masters = new_state.Masters()
-        self._may_ask = True  # a step may be how torch asks for state
         self.forget()
 
     def forget(self) -> None:
         """Drop all prepared steps."""
-        self._params = parameters.NONE
-        self._hyper = Hyper([], [], [])
+        self._params, self._hyper = parameters.NONE, _UNREAD
         self.prepared.clear()
-        self.last: list[Ready] = []
-        """What the last step consisted of: parts, if it was taken in parts."""
+        self.last = []
 
     # ------------------------------------------------------------------------- steps
 
@@ -112,7 +125,7 @@ class Engine:
         if found is None:
             return
         _, ready, seen = found
-        if self._may_ask and not state and self._asks_for_state(ready.step, seen):
+        if not state and self._asks_for_state(ready.step, seen):
             step = ready.step
             step.state.commit(state)
             self._masters.note(step.state)
@@ -130,10 +143,12 @@ class Engine:
         dampening) would be used up. Reads the gradients, once, where the learning rate starts at 0:
         without momentum there is no state that could tell a later step from the first.
         """
+        if self._first_steps.begun:
+            return False
         for o in self._hyper.options:
             if (isinstance(o.lr, Tensor) and o.lr.device.type != "cpu") or o.lr != 0:
                 return False
-        self._may_ask = False
+        self._first_steps.begun = True
         return step.gradients_are_zero(seen)
 
     def step_part(
@@ -200,8 +215,8 @@ class Engine:
     def _explain_no_gradient(self, groups: Groups) -> None:
         """Raise or warn where it looks as if no parameter would ever get one."""
         self._refuse_replaced(groups)
-        self._without_any += self._without_any >= 0
-        if self._without_any == 2 and self._params.flat:
+        self._waiting.steps += not self._waiting.over
+        if self._waiting.steps == 2 and not self._waiting.over and self._params.flat:
             warnings.warn(
                 f"LARS: two steps, and none of the {len(self._params.flat)} parameters has had a "
                 "gradient; if the model was sharded, moved or replaced after the optimizer was "
@@ -233,7 +248,7 @@ class Engine:
         def label(i: int) -> str:
             return every.label(where[i], groups)
 
-        self._without_any = -1
+        self._waiting.over = True
         if len(where) < len(every.flat):
             self._refuse_replaced(groups)
         params, row_of = [every.flat[i] for i in where], [every.row_of[i] for i in where]
@@ -277,7 +292,7 @@ class Engine:
         taken = Ready(step, ready.where, seen.fingerprint.addresses, measured)
         self.prepared[pattern] = taken
         self.last.append(taken)
-        self.parts_taken += 1
+        self.prepared.taken += 1
         self._first_steps.note(step, certain=scaling.found_inf is None)
 
     # ------------------------------------------------------------------ after a step

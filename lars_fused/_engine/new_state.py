@@ -97,7 +97,7 @@ class StepState:
         return all(map(is_, now, held))
 
     def _read(self, state: State) -> list[object] | None:
-        """Every value of the state; if all of it has the same one key, at half the time."""
+        """Every value of the state; twice as fast if every entry has the same single key."""
         if self._key is None:
             return list(chain.from_iterable(map(dict.values, state.values())))
         try:
@@ -248,6 +248,8 @@ class FirstSteps:
         self._noted: list[_Counted] = []
         self.shown: set[Key] = set()
         """State that was made to be read or loaded into: a checkpoint has it all the same."""
+        self.begun = False
+        """Whether a step was looked at to see if it only asks for state."""
 
     def note_unstepped(self, step: _Counted) -> None:
         """The state of a step was made, and the step not run."""
