@@ -33,10 +33,10 @@ def keyword_only(init: Callable[_Arguments, None]) -> Callable[_Arguments, None]
 class ReadsScale:
     """`_step_supports_amp_scaling`: whether step() reads GradScaler's scale and flag by itself.
 
-    It does, and takes gradients that were unscaled before just as well. Lightning takes a yes for
-    "gradients cannot be unscaled and clipped", and refuses to clip them: it is told no, unscales
-    them and clips, and GradScaler then hands over its flag alone. An attribute that a user sets on
-    an optimizer or the class goes before this.
+    It does, and takes gradients that were unscaled before just as well. Lightning reads True as
+    "gradients cannot be unscaled and clipped", so the answer is False; it then unscales and clips,
+    and GradScaler hands over its flag alone. An attribute that a user sets on an optimizer or the
+    class takes precedence.
     """
 
     def __get__(self, optimizer: object, owner: type | None = None) -> bool:

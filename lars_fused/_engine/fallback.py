@@ -1,4 +1,4 @@
-"""What the user is told where torch operations do what kernels were expected to."""
+"""What the user is told when torch operations replace kernels."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Names of parameters, the models that they came from, and what took their place there.
 
 `fully_shard`, tensor parallelism, `to_empty` and plain assignment put other parameters into a
-model. An optimizer that holds the old ones trains nothing, and nobody says so. Where the model is
-known (`param_groups(model, ...)` leaves a trace in its groups), the new ones are found by name.
+model. An optimizer that holds the old ones silently trains nothing. Where the model is known
+(`param_groups(model, ...)` leaves a trace in its groups), the new ones are found by name.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def named_alike(
     members = group["params"]
     bare = [m for m in members if not isinstance(m, tuple)]
     group = {key: value for key, value in group.items() if key != "param_names"}
-    if not groups or (bare and len(bare) < len(members)):  # torch says what it thinks of half
+    if not groups or (bare and len(bare) < len(members)):  # torch refuses a mixed group itself
         return group
     if "param_names" not in groups[0]:
         return {**group, "params": [m[1] if isinstance(m, tuple) else m for m in members]}

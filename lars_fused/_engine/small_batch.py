@@ -166,7 +166,7 @@ class Batch:
         return found[:n], found[n:]
 
     def squares_of_d(self) -> list[float]:
-        """The latter alone."""
+        """The squared norms in D only."""
         return self._squares(self._matrices.d, self._spans[: len(self.index)])
 
     @staticmethod
