@@ -11,7 +11,7 @@ Trust ratio times gradient must stay within fp32's range, 1e-38 to 3e38.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import torch
@@ -92,7 +92,8 @@ class Layout:
         if key not in self._constants:
             while len(self._constants) >= 32:
                 del self._constants[next(iter(self._constants))]
-            self._constants[key] = torch.tensor(values, dtype=dtype).to(self.device)
+            here = torch.tensor(values, dtype=dtype, device="cpu")
+            self._constants[key] = here.to(self.device)
         return self._constants[key]
 
 
@@ -153,14 +154,19 @@ def square_sums_of(
     return torch.stack(_decayed(d, weights, grads, options, scale, True), 1).square()
 
 
-def _rates(sums: Tensor, options: Sequence[Options], layout: Layout) -> Tensor:
-    """Learning rates [n]; each distinct tensor among them is read once, on the device."""
+def learning_rates(
+    options: Sequence[Options], like: Tensor, column: Callable[[list[float], torch.dtype], Tensor]
+) -> Tensor:
+    """The learning rate of each tensor, in the dtype and on the device of `like`.
+
+    Each distinct tensor among them is read once, on the device. `column`: puts numbers there.
+    """
     distinct = {id(o.lr): o.lr for o in options}
     if not any(isinstance(lr, Tensor) for lr in distinct.values()):
-        return layout.column([float(o.lr) for o in options], sums.dtype)
+        return column([float(o.lr) for o in options], like.dtype)
     at = {key: k for k, key in enumerate(distinct)}
-    values = torch.stack([scalar(lr, sums) for lr in distinct.values()])
-    return values[layout.column([at[id(o.lr)] for o in options], torch.int64)]
+    values = torch.stack([scalar(lr, like) for lr in distinct.values()])
+    return values[column([at[id(o.lr)] for o in options], torch.int64)]
 
 
 def _ratios(
@@ -212,7 +218,7 @@ def step_(
         found = measured
     else:
         found = [*sums.sqrt().unbind(1)]
-    lr = _rates(sums, options, layout)
+    lr = learning_rates(options, sums, layout.column)
     ratios, raw = _ratios(found, options, lr, layout)
     outside = [0.0 if o.lr_in_momentum else 1.0 for o in options]
     factor = ratios

@@ -27,6 +27,8 @@ State = defaultdict[Tensor, Any]
 """The optimizer's state of every parameter."""
 Held = Mapping[str, Any]
 """The optimizer's state of one parameter."""
+STATE_KEYS = ("momentum_buffer", "master_param")
+"""The tensors in it."""
 Key = tuple[int, str]
 """The `id` of a parameter, and a key of its state."""
 
@@ -160,9 +162,6 @@ def prepare(
         dtype = momentum_dtype(p, settings.momentum_dtype)
         buffers.append(own(i, "momentum_buffer", dtype))
     return StepState(params, weights, buffers, copies, fresh, pending)
-
-
-STATE_KEYS = ("momentum_buffer", "master_param")
 
 
 def _like(p: Tensor, start: Tensor | None, dtype: torch.dtype) -> Tensor:

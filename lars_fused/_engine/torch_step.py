@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ..options import Options
-from ..reference import scalar
 from . import foreach, fused, portable, square_norms
 from .small_batch import numbers
 
@@ -193,12 +192,13 @@ def square_sums_of(
 
 def learning_rates(options: Sequence[Options], like: Tensor) -> Tensor:
     """The learning rate of each tensor, in the dtype and on the device of `like`."""
-    distinct = {id(o.lr): o.lr for o in options}
-    if not any(isinstance(lr, Tensor) for lr in distinct.values()):
-        return numbers([float(o.lr) for o in options], torch.float64).to(like)
-    at = {key: k for k, key in enumerate(distinct)}
-    values = torch.stack([scalar(lr, like) for lr in distinct.values()])
-    return values[torch.tensor([at[id(o.lr)] for o in options], device="cpu").to(like.device)]
+
+    def column(values: list[float], dtype: torch.dtype) -> Tensor:
+        if not dtype.is_floating_point:
+            return torch.tensor(values, dtype=dtype, device="cpu").to(like.device)
+        return numbers(values, torch.float64).to(like.device, dtype)
+
+    return foreach.learning_rates(options, like, column)
 
 
 def squared_norms(tensors: Sequence[Tensor]) -> Tensor:

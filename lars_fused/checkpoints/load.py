@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 
 from .. import options as table
 from .._engine import sharding, validate
+from .._engine.new_state import STATE_KEYS
 from ..options import Options
 
-_TENSOR_KEYS = ("momentum_buffer", "master_param")
 _OTHERS = {
     "mu", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "grad_avg", "sum",
     "acc_delta", "prev", "row_var", "col_var", "momentum",
@@ -105,7 +105,7 @@ class Restore:
 
     @staticmethod
     def _check_state(held: Any, p: Tensor, label: str) -> None:
-        for name in _TENSOR_KEYS:
+        for name in STATE_KEYS:
             value = held.get(name)
             if value is None:
                 continue
@@ -128,10 +128,10 @@ class Restore:
                 )
         # Loaded as it is, another optimizer's state would be ignored and its momentum lost. What
         # wrappers of this optimizer (Lookahead, schedule-free) keep beside ours is none of that.
-        if not _OTHERS.isdisjoint(held) and not any(name in held for name in _TENSOR_KEYS):
+        if not _OTHERS.isdisjoint(held) and not any(name in held for name in STATE_KEYS):
             raise ValueError(
                 f"{label}: the checkpoint's state is {sorted(map(str, held))}; LARS keeps "
-                f"{list(_TENSOR_KEYS)}; use convert_state_dict for another optimizer's checkpoint"
+                f"{list(STATE_KEYS)}; use convert_state_dict for another optimizer's checkpoint"
             )
 
     def _after(self, optimizer: Optimizer) -> None:

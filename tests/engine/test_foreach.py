@@ -168,3 +168,18 @@ def test_what_it_objects_to():
     assert why(w=torch.empty(0), g=torch.empty(0), v=torch.empty(0)) == "it is empty"
     assert "no momentum" in why(o=o._replace(momentum=0.0))
     assert "N(g + βw)" in why(o=o._replace(denominator="decayed", decay_zero_norm=False))
+
+
+def test_the_default_device_has_no_influence():
+    """Constants are made on the host: on the default device, here meta, they have no value."""
+    found = []
+    for device in ("cpu", "meta"):
+        torch.manual_seed(0)
+        w, g, v = ([torch.randn(4, 3)] for _ in range(3))
+        rates = [torch.tensor(0.5), 0.5]
+        with torch.device(device):
+            for lr in rates:
+                options = Options(lr=lr, weight_decay=0.1, trust_clip=True, decay_zero_norm=False)
+                step(w, g, v, options)
+        found.append([*w, *v])
+    assert all(map(torch.equal, *found))
