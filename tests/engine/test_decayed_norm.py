@@ -107,6 +107,7 @@ def test_with_a_zero_norm(zero):
 BLURRED = {
     "bfloat16 momentum": {"lr": 20.0, "weight_decay": 1e-2, "momentum_dtype": torch.bfloat16},
     "a step beyond the weights": {"lr": 1000.0, "weight_decay": 1e-4, "adapt": False},
+    "a step far beyond the weights": {"lr": 3e4, "weight_decay": 1e-4, "adapt": False},
     "nesterov": {"lr": 1000.0, "weight_decay": 1e-4, "adapt": False, "nesterov": True},
     "no weights left, and little decay": {
         "lr": 1e4, "weight_decay": 1e-4, "adapt": False, "momentum": 0.0
