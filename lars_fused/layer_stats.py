@@ -17,8 +17,9 @@ class LayerStats(NamedTuple):
     decayed_norm: float
     """N(g + βw). A step on a CPU measures it only if the denominator uses it; otherwise it is
     computed on demand from what the step left, to within a hundredth. It is NaN if gradient, weight
-    or momentum was written since, and where the step left too little of the weights: momentum 0 and
-    γqβ near 1 (then w is -γqg), or steps so large that rounding hides weights whose decay counts.
+    or momentum was written since, and where the step left too little of the weights: with momentum
+    0 or nesterov where γqβ is near 1, which takes w away whole; and where steps are so large that
+    rounding hides weights whose decay counts.
     """
     trust_ratio: float
     """q; 1 where the tensor is not adapted."""

@@ -325,7 +325,12 @@ class LARS(Optimizer):
         `lr_in_momentum=False` alone; `convert_state_dict` converts its checkpoint for any.
 
         Raises:
-            ValueError: if the checkpoint does not fit; the optimizer is then left unchanged.
+            ValueError, TypeError: if the checkpoint does not fit; the optimizer is left unchanged.
         """
+        if not isinstance(state_dict, dict):
+            raise TypeError(
+                f"LARS: the checkpoint is a {type(state_dict).__name__}; must be the dict that "
+                "state_dict() returned"
+            )
         with Restore(self, self.master_weights):
             super().load_state_dict(state_dict)

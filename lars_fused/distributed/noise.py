@@ -142,6 +142,11 @@ class NoiseScale:
         """
         if self._small and not self._micro_batches:
             raise RuntimeError("NoiseScale: use either attach() or micro_batch(), not both")
+        if not isinstance(parameters, Iterable):
+            raise TypeError(
+                f"NoiseScale: parameters is a {type(parameters).__name__}; must be several "
+                "tensors, such as model.parameters()"
+            )
         self._parameters = list(parameters)
         self._micro_batches += 1
         if self._micro_batches == 1:

@@ -167,5 +167,6 @@ CASES: dict[str, Callable[[], Any]] = {
     "NoiseScale: attached to what is no DDP": lambda: NoiseScale(1).attach(LINEAR),
     "NoiseScale: nothing measured": lambda: NoiseScale(1).update(),
     "NoiseScale: attached and by micro-batches": both_ways,
+    "NoiseScale: micro-batches of a model": lambda: NoiseScale(1).micro_batch(LINEAR),
     "NoiseScale: one batch size": one_micro_batch,
 }

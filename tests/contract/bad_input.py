@@ -250,6 +250,7 @@ CASES: dict[str, Prepare] = {
     "master_weights that is neither True nor False": calling(
         lambda w: LARS(w.params, master_weights=1)
     ),
+    "checkpoint that is no dict": calling(lambda w: w.optimizer.load_state_dict(3)),
     "checkpoint without its parts": loading(dict.clear),
     "checkpoint of other groups": loading(lambda saved: saved["param_groups"][0]["params"].pop()),
     "checkpoint with a bad option": loading(lambda saved: saved["param_groups"][0].update(lr=-1.0)),

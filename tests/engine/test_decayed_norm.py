@@ -146,10 +146,11 @@ def test_of_a_million_elements(dtype):
     assert decayed(optimizer) == pytest.approx([truth], rel=1e-4)
 
 
-def test_where_the_step_left_nothing_of_the_weights_it_is_not_known():
-    """w' = w - (g + w): any w gives the same."""
+@pytest.mark.parametrize("options", [{"momentum": 0.0}, {"nesterov": True}])
+def test_where_the_step_left_nothing_of_the_weights_it_is_not_known(options):
+    """w' = w - (g + w): any w gives the same, but for the momentum of before."""
     p = torch.nn.Parameter(torch.randn(64, 64))
     p.grad = torch.randn_like(p)
-    optimizer = LARS([p], 1.0, weight_decay=1.0, momentum=0.0, adapt=False, backend="torch")
+    optimizer = LARS([p], 1.0, weight_decay=1.0, adapt=False, backend="torch", **options)
     optimizer.step()
     assert math.isnan(*decayed(optimizer))
