@@ -1,4 +1,4 @@
-"""What an optimizer keeps between steps, and how `LARS.step()` finds its prepared step."""
+"""How `LARS.step()` finds its prepared step, and what is known of it afterwards."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, repeat
 from operator import attrgetter, is_
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,66 +15,16 @@ from .. import options as table
 from ..options import Options, Settings
 from . import graph_pool, launch, new_state, parameters, partition, rank_check, sharding, validate
 from .graph_pool import GraphPool
+from .kept import COMPLETE, UNREAD, Hyper, Pattern, PreparedSteps, Ready, Waiting
 from .measured import Measured, Row
 from .members import Layers, Origins
 from .new_state import State
 from .parameters import Groups
 from .partition import Choice
 from .prepared_step import PreparedStep, plan_facts
-from .tensors import Addresses, Scaling, Seen, StepTensors
+from .tensors import Scaling, Seen, StepTensors
 
 _GRAD = attrgetter("grad")
-Pattern = tuple[bool, ...]
-"""Which gradients are missing."""
-_COMPLETE: Pattern = ()
-
-
-class Ready(NamedTuple):
-    """A prepared step, and what its last run left for the next one."""
-
-    step: PreparedStep
-    where: list[int]
-    """The parameters that it updates."""
-    addresses: Addresses
-    """Where its tensors were when they were last found to match."""
-    measured: Measured | None = None
-
-
-class PreparedSteps(dict[Pattern, Ready]):
-    """The prepared steps of an optimizer by pattern of missing gradients; the oldest go first."""
-
-    room = 8
-    """How many are kept."""
-    taken = 0
-    """How many steps they took, or parts of steps; those too that only the device skipped."""
-
-    def add(self, pattern: Pattern, ready: Ready) -> None:
-        """Keep one more."""
-        self[pattern] = ready
-        while len(self) > self.room:
-            del self[next(iter(self))]
-
-
-class Hyper(NamedTuple):
-    """The hyper-parameters of all groups, and the values that they were read from."""
-
-    values: list[tuple[object, ...]]
-    """Empty where one is a tensor, which may have been written since."""
-    options: list[Options]
-    """Of each group, and once more for what the optimizer excludes of each."""
-    facts: list[tuple[bool, ...]]
-    """What plans depend on, of each of the options."""
-
-
-_UNREAD = Hyper([], [], [])
-
-
-class Waiting:
-    """For the first gradient."""
-
-    steps = 0
-    """How many steps had none."""
-    over = False
 
 
 class Engine:
@@ -92,7 +41,7 @@ class Engine:
         self._first_steps = new_state.FirstSteps()
         self._masters = new_state.Masters()
         self._params = parameters.NONE
-        self._hyper = _UNREAD
+        self._hyper = UNREAD
         self.last: list[Ready] = []
         """What the last step consisted of: parts, if it was taken in parts."""
 
@@ -104,7 +53,7 @@ class Engine:
 
     def forget(self) -> None:
         """Drop all prepared steps."""
-        self._params, self._hyper = parameters.NONE, _UNREAD
+        self._params, self._hyper = parameters.NONE, UNREAD
         self.prepared.clear()
         self.last = []
 
@@ -193,14 +142,14 @@ class Engine:
             Which gradients are missing, the step, and the fingerprint of its tensors; None if no
             parameter has a gradient.
         """
-        if (ready := self.prepared.get(_COMPLETE)) and (seen := self._match(ready, grads, state)):
-            return _COMPLETE, ready, seen
+        if (ready := self.prepared.get(COMPLETE)) and (seen := self._match(ready, grads, state)):
+            return COMPLETE, ready, seen
         missing = tuple(map(is_, grads, repeat(None)))
         present = [g for g in grads if g is not None]
         if not present:
             self._explain_no_gradient(groups)
             return None
-        pattern = missing if True in missing else _COMPLETE
+        pattern = missing if True in missing else COMPLETE
         ready = self.prepared.get(pattern) if pattern else None
         if ready and (seen := self._match(ready, present, state)):
             return pattern, ready, seen

@@ -29,6 +29,7 @@ _engine.torch_step
 _engine.torch_part
 _engine.wrapped _engine.measured _engine.fallback
 _engine.prepared_step
+_engine.kept
 _engine.engine
 functional norms groups schedule layer_stats
 checkpoints.convert checkpoints.load
