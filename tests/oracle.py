@@ -77,6 +77,20 @@ def in_eager_fp32(
     return new_w.to(w.dtype), None if new_v is None else new_v.to(v_dtype)
 
 
+def momentum_terms(
+    w: Tensor, g: Tensor, v: Tensor | None, new_v: Tensor, o: Mapping[str, Any]
+) -> Tensor:
+    """Magnitudes of what a step sums up to the momentum `new_v`, added.
+
+    What rounding leaves is relative to these: g + βw may cancel.
+    """
+    w, g = w.detach().cpu().double(), g.detach().cpu().double()
+    old = torch.zeros_like(new_v) if v is None else o["momentum"] * v.detach().cpu().double()
+    d, u = g * (-1 if o["maximize"] else 1) + o["weight_decay"] * w, new_v - old
+    factor = norm(u) / norm(d) if norm(d) != 0 else norm(d)
+    return factor * (g.abs() + o["weight_decay"] * w.abs()) + old.abs()
+
+
 # ------------------------------------------------------------------ bounds
 
 ULPS = 2
@@ -92,7 +106,10 @@ def ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
 def assert_close(
     name: str, ours: Tensor, truth: Tensor, eager: Tensor, before: Tensor, ulps: float = ULPS
 ) -> None:
-    """Our error is at most twice that of eager fp32, plus a few ulp of what is stored."""
+    """Our error is at most twice that of eager fp32, plus a few ulp of what is stored.
+
+    `before`: the weight before the step, or the terms of the momentum, if they are larger.
+    """
     if ours.numel() == 0:
         return
     ours_, eager_, before_ = (t.detach().double().cpu() for t in (ours, eager, before))

@@ -30,6 +30,7 @@ class _One:
     eager: Tensor
     v_truth: Tensor | None = None  # until the first step there is none
     v_eager: Tensor | None = None
+    v_terms: Tensor | None = None  # what the last step summed to it
 
 
 @dataclass
@@ -113,7 +114,10 @@ class Trial:
         if g.numel() == 0:
             return
         o = self.options[one.group]
-        one.truth, one.v_truth = oracle.in_float64(one.truth, g, one.v_truth, o)
+        w, v = one.truth, one.v_truth
+        one.truth, one.v_truth = oracle.in_float64(w, g, v, o)
+        if one.v_truth is not None:
+            one.v_terms = oracle.momentum_terms(w, g, v, one.v_truth, o)
         one.eager, one.v_eager = oracle.in_eager_fp32(one.eager, g, one.v_eager, o, self.v_dtype)
 
     def check(self, ulps: float = oracle.ULPS) -> None:
@@ -131,7 +135,8 @@ class Trial:
             if one.v_truth is not None:
                 v = held["momentum_buffer"]
                 name = f"{one.name}, momentum"
-                oracle.assert_close(name, v, one.v_truth, one.v_eager, one.v_truth, ulps)
+                terms = one.v_truth if one.v_terms is None else one.v_terms
+                oracle.assert_close(name, v, one.v_truth, one.v_eager, terms, ulps)
 
     def works(self) -> list[internals.LaunchTables]:
         """What the last step launched."""

@@ -17,6 +17,13 @@ def test_every_row_of_the_contract_has_a_test():
     assert {row for row, _, _ in readme.marked_tests()} == set(readme.ROWS)
 
 
+def test_every_fault_has_its_text_once():
+    mutate = readme.mutate()
+    for fault in mutate.FAULTS:
+        text = (readme.HERE.parent / fault.path).read_text(encoding="utf-8")
+        assert text.count(fault.old) == 1, fault
+
+
 def test_every_fault_names_tests_that_exist():
     mutate = readme.mutate()
     for fault in mutate.FAULTS:
