@@ -12,8 +12,8 @@ from torch import Tensor
 
 from . import options as table
 from ._engine import launch, sharding, torch_step, validate
+from ._engine.launch_schedule import Contents
 from ._engine.launch_tables import LaunchTables
-from ._engine.schedule import Contents
 from ._engine.tensors import Addresses, Scaling
 from .options import Options
 

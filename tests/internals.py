@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lars_fused import LARS
-from lars_fused._engine import fallback, launch, launch_tables, plan, schedule
+from lars_fused._engine import fallback, launch, launch_schedule, launch_tables, plan
 from lars_fused._engine import tensors as engine_tensors
 from lars_fused._engine.new_state import StepState
 from lars_fused._engine.prepared_step import PreparedStep
@@ -70,7 +70,7 @@ def lone_tables(
     device: torch.device, dtypes: Dtypes, numel: int, options: Options, fresh: bool = True
 ) -> LaunchTables:
     """The tables of one tensor, which `point_at` says where to find."""
-    contents = schedule.Contents((numel,), (options.adapt,), (0,), (fresh,), 1)
+    contents = launch_schedule.Contents((numel,), (options.adapt,), (0,), (fresh,), 1)
     tables = LaunchTables(device, dtypes, contents, halves=True)
     tables.rows.set_groups([options])
     return tables

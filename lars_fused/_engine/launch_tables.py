@@ -21,7 +21,7 @@ from ..kernels import layout
 from ..options import Options, group_row
 from . import launch, queue_state
 from .device_memory import new_memory, on_device
-from .schedule import Contents, schedule
+from .launch_schedule import Contents, schedule
 from .tensors import Addresses, Scaling
 
 _ENVIRONMENT_LAUNCHES = "LARS_FUSED_LAUNCHES"

@@ -22,11 +22,11 @@ from ..options import Options
 from . import fallback, foreach, graph_pool, launch, partition, replicas, sharding, wrapped
 from .fallback import Label
 from .graph_pool import GraphPool
+from .launch_schedule import Contents
 from .launch_tables import LaunchTables
 from .measured import Measured
 from .new_state import StepState
 from .partition import Choice, LaunchKey
-from .schedule import Contents
 from .tensors import Addresses, Scaling, Seen, StepTensors, basis, see
 from .torch_part import TorchPart
 

@@ -18,7 +18,7 @@ kernels.layout
 options
 reference conventions
 _engine.tensors _engine.validate _engine.sharding _engine.plan _engine.launch _engine.queue_state
-_engine.device_memory _engine.schedule _engine.members
+_engine.device_memory _engine.launch_schedule _engine.members
 _engine.parameters
 _engine.launch_tables _engine.partition _engine.new_state _engine.rank_check _engine.portable
 _engine.graph_pool _engine.replicas _engine.callers
