@@ -39,6 +39,7 @@ def _status(command: list[str]) -> int:
 
 def _test(folder: Path) -> None:
     command = [sys.executable, "ci/test.py", "candidate"]
+    environment.note(folder, candidate={"tests": "begun"})  # where they hang, that stays
     status = _status(limited(command, 70))
     found = PASSED if status == 0 else f"failed, exit status {status}"
     environment.note(folder, candidate={"tests": found})
@@ -55,7 +56,7 @@ def _sanitize(tool: str, folder: Path, seconds: float) -> None:
 
 
 def passed(folder: Path) -> bool:
-    """Whether its tests have passed on this GPU. One that hung has left no note."""
+    """Whether its tests have passed on this GPU, the last time that they were begun."""
     return environment.read(folder).get("candidate", {}).get("tests") == PASSED
 
 

@@ -164,7 +164,7 @@ def weigh(names: Sequence[str], recorder: Recorder, folder: Path, budget: Budget
         found = run_ncu(names, folder, budget)
     except (RuntimeError, ValueError, OSError) as error:
         reason = f"{type(error).__name__}: {error}"[:300]
-        recorder.note(absent={DRAM: reason})
+        recorder.note(**{"candidate" if HELD in names else "absent": {DRAM: reason}})
         print(f"{DRAM}: not measured, {reason}")
         return
     for (model, name), total in found.items():

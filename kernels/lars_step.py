@@ -137,9 +137,9 @@ def lars_step(
             decay = tl.load(options + _DECAY).to(tl.float32)
             next_ticket = receive(drawn, THREADS)
             next_item = tl.load(items + next_ticket, mask=next_ticket < todo, other=0)
-            # Or ptxas moves that load behind the loop over blocks, and its latency is exposed. Beside
+            # Or ptxas moves that load behind the loop over blocks, and its latency is exposed. With
             # fp16 gradients of fp32 weights there is no register left for it (compiled).
-            if (G_DT != tl.float16) | (W_DT == tl.float16):
+            if (tl.float16 != G_DT) | (tl.float16 == W_DT):
                 tl.debug_barrier()
             w2, g2, d2 = chunk_square_sums(
                 w, g, w_address, g_address, start, count, whole, factor, decay,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,6 @@ from bench import candidate, environment, harness, peers, profiler, small_step, 
 from bench.budget import Budget
 from bench.cases import Case
 from bench.peers import FLOOR, HELD, ONE
-from bench.supervise import Pieces
 from lars_fused._engine import launch
 from lars_fused.kernels import tuning
 from tests import internals
@@ -82,15 +82,18 @@ def test_it_is_tested_then_timed_then_weighed(on, done, tmp_path):
 
 
 @pytest.mark.parametrize("hung", [False, True])
-def test_what_has_not_passed_its_tests_is_not_timed(on, done, tmp_path, hung):
+def test_what_has_not_passed_its_tests_is_not_timed(on, done, monkeypatch, tmp_path, hung):
     on("sm_90")
     done.tests = 1
-    if hung:  # the process before this one was ended during them
-        Pieces(tmp_path).write("begin", candidate.TESTS)
+    if hung:  # in a folder of an earlier call, and the process before this one was ended
+        environment.note(tmp_path, candidate={"tests": candidate.PASSED})
+        monkeypatch.setattr(candidate, "_status", lambda command: sys.exit(1))
+        with pytest.raises(SystemExit):
+            candidate.main(tmp_path, Budget(60))
     assert candidate.main(tmp_path, Budget(60)) == 1
     assert done.names == ([] if hung else ["tests"])
     noted = environment.read(tmp_path).get("candidate", {})
-    assert noted == ({} if hung else {"tests": "failed, exit status 1"})
+    assert noted == {"tests": "begun" if hung else "failed, exit status 1"}
     environment.note(tmp_path, sha="0", dirty=False, gpu="cpu")
     assert environment.reportable(tmp_path) is None
 

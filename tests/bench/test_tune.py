@@ -200,3 +200,16 @@ def test_rows_that_wait_to_be_measured_come_first(tmp_path, wrong):
     assert [row.order for row in asked[:3]] == ["ahead", "resident", "resident"]
     assert [row.programs for row in asked[1:3]] == [2, 1]
     assert all(tune.possible(row) for row in asked[:3])
+
+
+@pytest.mark.parametrize("tests", ["passed", "begun", None])
+def test_a_row_that_waits_is_timed_where_its_tests_have_passed(tuner, monkeypatch, tmp_path, tests):
+    given = []
+    monkeypatch.setattr(tune, "Tuner", lambda *_: tuner)
+    monkeypatch.setattr(tune, "candidates", lambda architecture, present: ["row"])
+    monkeypatch.setattr(tune, "search", lambda *args: given.append(args[-1]))
+    if tests:
+        environment.note(tmp_path, candidate={"tests": tests})
+    tune.main(tmp_path, Budget(1.0), make=lambda device: None)
+    assert given == [["row"] if tests == "passed" else []]
+    assert ("tune" in environment.read(tmp_path).get("candidate", {})) == (tests != "passed")
