@@ -259,6 +259,8 @@ FAULTS = [
     Fault("machine code: next item read at the end", "codegen", LATENCY, STEP,
           "        item = next_item\n",
           "        item = tl.load(items + next_ticket, mask=next_ticket < todo, other=0)\n"),
+    Fault("machine code: next item read behind the loop over blocks", "codegen", LATENCY, STEP,
+          "                tl.debug_barrier()\n", "                pass\n"),
     Fault("machine code: g is asked for when w is there", "codegen", BATCH, SUMS,
           "g = load_block(g_address, at, there,",
           "g = load_block(g_address, at, there & (tl.max(w.to(tl.float32)) < 3e38),"),
