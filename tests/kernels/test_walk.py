@@ -178,8 +178,8 @@ def test_latencies_along_the_machine_code(pair: tuple[Spec, str]) -> None:
 
 
 # The most that any case takes. Publication: sm_100 with fp32 beside 16 bits, where the last partial
-# sum waits for a register, and so for the others. The next item's word: in a norm, fp16 gradients of
-# fp32 weights, which have no register for the barrier that keeps its load in place; in an update, a
+# sum waits for a register, and so for the others. The next item's word: in a norm, fp16 gradients
+# of fp32 weights, with no register for the barrier that keeps its load in place; in an update, a
 # poll by atomics, which is not launched, and of what is, copies beside fp32 (379 and 372).
 MOST = {
     "3.7.1": {"publish": 2573, "next_item": 183, "update_next_item": 395},
