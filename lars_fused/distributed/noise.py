@@ -93,7 +93,7 @@ class NoiseScale:
     # ---------------------------------------------------------------------- measurement
 
     def attach(self, ddp_model: DistributedDataParallel) -> None:
-        """Measure the gradients of a DDP model as they are averaged.
+        """Measure the gradients of a DDP model, or of a compiled one, as they are averaged.
 
         Occupies DDP's only communication hook, and averages as DDP itself does. For a model whose
         steps are overlapped use `overlap_with_backward(..., noise_scale=noise)` instead.
@@ -102,6 +102,7 @@ class NoiseScale:
             TypeError: `ddp_model` is no DistributedDataParallel.
             RuntimeError: it has had a communication hook before.
         """
+        ddp_model = getattr(ddp_model, "_orig_mod", ddp_model)  # what torch.compile wrapped
         if not isinstance(ddp_model, DistributedDataParallel):
             raise TypeError(
                 f"NoiseScale: ddp_model is a {type(ddp_model).__name__}; must be a "

@@ -7,6 +7,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from lars_fused.distributed import NoiseScale, overlap_with_backward
+from tests.contract.bad_situations import group_of_one
 from tests.distributed import networks as nets
 
 pytestmark = pytest.mark.cpu
@@ -90,6 +91,14 @@ def test_refuses_to_estimate_from_one_batch_size():
     noise.micro_batch([w])
     with pytest.raises(RuntimeError, match="two are needed"):
         noise.update()
+
+
+def test_a_compiled_model_is_measured_as_the_model_in_it():
+    with group_of_one():
+        noise, model = NoiseScale(2), DDP(torch.nn.Linear(3, 2))
+        noise.attach(torch.compile(model, backend="eager"))
+        model(torch.ones(4, 3)).sum().backward()
+        assert len(noise._small) == len(noise._big) == 1
 
 
 def measured_by_ddp(rank, size, how):
