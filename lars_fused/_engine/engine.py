@@ -83,21 +83,21 @@ class Engine:
             return
         self.last = []
         self._run(*found, state, scaling)
+        # State tells later steps from the first; without momentum there never is any.
+        self._first_steps.begun |= not state
 
     def _asks_for_state(self, step: PreparedStep, seen: Seen) -> bool:
         """Whether this is how torch.distributed.checkpoint has a new optimizer make its state.
 
         A step before any other, with learning rates of 0 and gradients of 0. It would not be
         without effect: a momentum buffer may hold the decay, and the first step's privileges (no
-        dampening) would be used up. Reads the gradients, once, where the learning rate starts at 0:
-        without momentum there is no state that could tell a later step from the first.
+        dampening) would be used up. Reads the gradients where the learning rate starts at 0.
         """
         if self._first_steps.begun:
             return False
         for o in self._hyper.options:
             if (isinstance(o.lr, Tensor) and o.lr.device.type != "cpu") or o.lr != 0:
                 return False
-        self._first_steps.begun = True
         return step.gradients_are_zero(seen)
 
     def step_part(

@@ -248,7 +248,7 @@ class FirstSteps:
         self.shown: set[Key] = set()
         """State that was made to be read or loaded into: a checkpoint has it all the same."""
         self.begun = False
-        """Whether a step was looked at to see if it only asks for state."""
+        """Whether a step was run that left no state."""
 
     def note_unstepped(self, step: _Counted) -> None:
         """The state of a step was made, and the step not run."""

@@ -117,3 +117,25 @@ def test_gradients_are_read_at_most_once(momentum, backend, device, monkeypatch)
     optimizer.zero_grad()
     read(model, optimizer)  # asks of new state
     assert len(reads) == 2
+
+
+def test_a_rate_that_ends_at_0_without_momentum_reads_no_gradients(backend, device, monkeypatch):
+    """There is no state that says that training began long ago."""
+    _, optimizer = network(device, "no momentum", backend)
+    reads = internals.count_reads_of_gradients(monkeypatch)
+    for lr in (0.1, 0.1, 0.0):
+        optimizer.param_groups[0]["lr"] = lr
+        for p in optimizer.param_groups[0]["params"]:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert reads == []
+
+
+def test_state_that_was_cleared_is_asked_for_anew(backend, device):
+    """With momentum, missing state says that a step is the first, whatever was run before."""
+    model, optimizer = network(device, "mae", backend)
+    train(model, optimizer)
+    optimizer.state.clear()
+    optimizer.zero_grad()
+    read(model, optimizer)
+    assert not any(torch.any(held["momentum_buffer"]) for held in optimizer.state.values())
