@@ -16,10 +16,12 @@ class LayerStats(NamedTuple):
     """N(g), unscaled."""
     decayed_norm: float
     """N(g + βw). A step on a CPU measures it only if the denominator uses it; otherwise it is
-    computed on demand from what the step left, to within a hundredth. It is NaN if gradient, weight
-    or momentum was written since, and where the step left too little of the weights: with momentum
-    0 or nesterov where γqβ is near 1, which takes w away whole; and where steps are so large that
-    rounding hides weights whose decay counts.
+    computed on demand from what the step left, to within a hundredth. It is NaN where the norms of
+    gradient, weight or momentum show that one was written since: what keeps them (`p.grad.neg_()`),
+    or changes them by no more than rounding, goes unseen, and the number may then be wrong. It is
+    NaN too where the step left too little of the weights: with momentum 0 or nesterov where γqβ is
+    near 1, which takes w away whole; and where steps are so large that rounding hides weights whose
+    decay counts.
     """
     trust_ratio: float
     """q; 1 where the tensor is not adapted."""

@@ -12,7 +12,8 @@ with f and `out` as in `rates`, up to the rounding of what was stored, whose nor
 
 So a large step, or momentum of few bits, blurs w, and a step that takes w to −g leaves nothing of
 it. The answer is then off by at most β·min(E, N(w)), and given where that is a hundredth of it.
-Norms that differ from the step's by more show that w, g or v was written since.
+Norms that differ from the step's by more show that w, g or v was written since; a write that keeps
+them, such as a change of sign, goes unseen.
 """
 
 from __future__ import annotations

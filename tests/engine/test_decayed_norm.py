@@ -76,6 +76,22 @@ def test_of_a_tensor_that_was_written_since_it_is_not_known(what):
     assert found == pytest.approx(truth, rel=1e-5)
 
 
+@pytest.mark.parametrize(("blurs", "seen"), [(1.5, False), (5.0, True)])
+def test_a_write_is_told_from_twice_what_rounding_may_be(blurs, seen):
+    """Momentum of bf16 that took the whole step: w = w' + v, up to half an ulp of v."""
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(64, 64))
+    p.grad = torch.randn_like(p)
+    truth = float((p.grad.double() + 1e-3 * p.detach().double()).norm())
+    optimizer = LARS([p], 0.1, weight_decay=1e-3, adapt=False, momentum_dtype=torch.bfloat16,
+                     backend="torch")  # fmt: skip
+    optimizer.step()
+    lost = 2**-8 * float(optimizer.state[p]["momentum_buffer"].double().norm())
+    p.data.mul_(1 + blurs * lost / float(p.detach().norm()))
+    (found,) = decayed(optimizer)
+    assert math.isnan(found) if seen else found == pytest.approx(truth, rel=1e-2)
+
+
 def test_without_gradients_it_is_not_known():
     _, optimizer, _ = stepped()
     optimizer.zero_grad()
@@ -144,6 +160,20 @@ def test_of_a_million_elements(dtype):
     optimizer = LARS([p], 0.1, weight_decay=0.1, backend="torch")
     optimizer.step()
     assert decayed(optimizer) == pytest.approx([truth], rel=1e-4)
+
+
+@pytest.mark.parametrize(("lr", "known"), [(5e4, True), (2e5, False)])
+def test_it_may_be_off_by_a_hundredth_and_no_more(lr, known):
+    """Weights and momentum are rounded to the size of the step, lr·N(g), and w counts for 0.1.
+
+    Half an ulp of each, and four of the arithmetic with each: 9 · 2^-23 · lr · 0.1 = 0.5 % and 2 %.
+    """
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(64, 64))
+    p.grad = torch.randn_like(p)
+    optimizer = LARS([p], lr, weight_decay=0.1, adapt=False, backend="torch")
+    optimizer.step()
+    assert math.isnan(*decayed(optimizer)) != known
 
 
 @pytest.mark.parametrize("options", [{"momentum": 0.0}, {"nesterov": True}])
