@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from . import options as table
 from ._engine import launch, sharding, torch_step, validate
 from ._engine.launch_schedule import Contents
 from ._engine.launch_tables import LaunchTables
+from ._engine.members import tensors_of
 from ._engine.tensors import Addresses, Scaling
 from .options import Options
 
@@ -45,17 +47,17 @@ def multi_tensor_l2norm(
             backend="triton" does not support.
     """
     table.check_choice("backend", backend, table.BACKENDS, "multi_tensor_l2norm: ")
-    table.check_flag("per_tensor", per_tensor, "multi_tensor_l2norm: ")
-    if isinstance(tensors, Tensor) or not isinstance(tensors, Iterable):
+    each = table.truth("per_tensor", per_tensor, "multi_tensor_l2norm: ")
+    listed = None if isinstance(tensors, Tensor) else tensors_of(tensors)
+    if listed is None:
         raise TypeError(
             f"multi_tensor_l2norm: tensors is a {type(tensors).__name__}; must be a list of "
             "tensors, such as [tensor]"
         )
-    tensors = list(tensors)
-    _check_tensors("multi_tensor_l2norm", "tensors", tensors)
+    _check_tensors("multi_tensor_l2norm", "tensors", listed)
     return _norms(
-        tensors, per_tensor, backend,
-        lambda i: validate.describe(f"tensors[{i}]", tensors[i], what="multi_tensor_l2norm"),
+        listed, each, backend,
+        lambda i: validate.describe(f"tensors[{i}]", listed[i], what="multi_tensor_l2norm"),
     )  # fmt: skip
 
 
@@ -179,22 +181,22 @@ def clip_grad_norm_(
     """
     largest = _largest(max_norm)
     table.check_choice("backend", backend, table.BACKENDS, "clip_grad_norm_: ")
-    table.check_flag("error_if_nonfinite", error_if_nonfinite, "clip_grad_norm_: ")
-    if not isinstance(parameters, Iterable):
+    raises = table.truth("error_if_nonfinite", error_if_nonfinite, "clip_grad_norm_: ")
+    listed = [parameters] if isinstance(parameters, Tensor) else tensors_of(parameters)
+    if listed is None:
         raise TypeError(
             f"clip_grad_norm_: parameters is a {type(parameters).__name__}; must be a tensor or "
             "several, such as model.parameters()"
         )
-    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    _check_tensors("clip_grad_norm_", "parameters", parameters)
-    where = [i for i, p in enumerate(parameters) if p.grad is not None]
-    grads = [p.grad for p in parameters if p.grad is not None]
+    _check_tensors("clip_grad_norm_", "parameters", listed)
+    where = [i for i, p in enumerate(listed) if p.grad is not None]
+    grads = [p.grad for p in listed if p.grad is not None]
 
     def label(i: int) -> str:
         return validate.describe(f"parameters[{where[i]}].grad", grads[i], what="clip_grad_norm_")
 
     total = _norms(grads, False, backend, label)
-    if error_if_nonfinite and not torch.isfinite(total):
+    if raises and not torch.isfinite(total):
         raise RuntimeError(
             f"clip_grad_norm_: the norm of the gradients is {float(total)}; "
             "set error_if_nonfinite=False to clip anyway"
@@ -219,7 +221,7 @@ def _largest(max_norm: object) -> float | Tensor:
         if given.device.type != "cpu":
             return given
         given = given.item()
-    infinite = isinstance(given, float) and given == math.inf
+    infinite = isinstance(given, Real) and given == math.inf
     number = math.inf if infinite else table.finite(given)
     if number is None or number < 0:
         raise ValueError(

@@ -12,6 +12,7 @@ prints the table of docs/options.md.
 # Annotations are read at run time, so no `from __future__ import annotations` here.
 import math
 import numbers
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
@@ -32,18 +33,26 @@ def finite(value: object) -> float | None:
     return number if math.isfinite(number) else None
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 200
+_SHORT.maxlong = 400
+
+
 def shown(value: object) -> str:
-    """A value as a message shows it; of an integer beyond the floats, its length."""
+    """A value as a message shows it, shortened; of an integer beyond the floats, its length."""
     if isinstance(value, int) and value.bit_length() > 1024:
         return f"(an integer of {value.bit_length()} bits)"
-    return repr(value)
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # it holds an integer of more digits than Python prints
+        return f"(a {type(value).__name__})"
 
 
 def _check_number(name: str, value: object, largest: float | None, where: str) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         extra = " or a 1-element tensor" if name == "lr" else ""
         raise TypeError(
-            f"{where}{name}={value!r} is a {type(value).__name__}; must be a number{extra}"
+            f"{where}{name}={shown(value)} is a {type(value).__name__}; must be a number{extra}"
         )
     allowed = "a finite number >= 0" if largest is None else f"in [0, {largest:g}]"
     number = finite(value)
@@ -54,13 +63,28 @@ def _check_number(name: str, value: object, largest: float | None, where: str) -
 def check_choice(name: str, value: object, allowed: Sequence[Any], where: str) -> None:
     """Raise ValueError unless `value` is one of `allowed`."""
     if not any(value is a or (type(value) is type(a) and value == a) for a in allowed):
-        raise ValueError(f"{where}{name}={value!r} is not allowed; must be one of {list(allowed)}")
+        raise ValueError(
+            f"{where}{name}={shown(value)} is not allowed; must be one of {list(allowed)}"
+        )
 
 
 def check_flag(name: str, value: object, where: str) -> None:
     """Raise TypeError unless `value` is True or False."""
     if not isinstance(value, bool):
-        raise TypeError(f"{where}{name}={value!r} is not allowed; must be True or False")
+        raise TypeError(f"{where}{name}={shown(value)} is not allowed; must be True or False")
+
+
+def truth(name: str, value: object, where: str) -> bool:
+    """A flag of a function as a bool: True, False, or a number in its place (numpy's bool, 0).
+
+    Raises:
+        TypeError: for anything else; a string is likely to be another argument.
+    """
+    scalar: Any = value if getattr(value, "shape", None) == () else None  # numpy's or torch's
+    number = value if scalar is None else scalar.item()
+    if not isinstance(number, numbers.Integral):
+        check_flag(name, value, where)
+    return bool(number)
 
 
 def _check_lr(name: str, value: object, where: str, read_device: bool) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from lars_fused import clip_grad_norm_, multi_tensor_l2norm
+from lars_fused import clip_grad_norm_, multi_tensor_l2norm, param_groups
 from tests import internals
 from tests.cases import Memory, bits, odd_layouts, regimes, small_row
 
@@ -306,3 +306,56 @@ def test_max_norm_of_every_kind_of_number(max_norm, backend, device):
         assert p.grad.tolist() == pytest.approx([0.25] * 4, rel=1e-6)
     clip_grad_norm_([p], math.inf, backend=backend)
     assert p.grad.tolist() == pytest.approx([0.25] * 4, rel=1e-6)
+
+
+class Listed:
+    """A sequence of the old kind, which `isinstance(_, Iterable)` does not know."""
+
+    def __init__(self, held):
+        self.held = held
+
+    def __getitem__(self, i):
+        return self.held[i]
+
+
+def test_pairs_of_param_groups_are_their_parameters(device):
+    model, twin = (torch.nn.Linear(3, 2).to(device) for _ in range(2))
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        p.grad, q.grad = torch.full_like(p, 2.0), torch.full_like(q, 2.0)
+    pairs = [p for group in param_groups(model, 0.1) for p in group["params"]]
+    found = clip_grad_norm_(pairs, 1.0)
+    assert torch.equal(found, clip_grad_norm_(twin.parameters(), 1.0))
+    assert torch.equal(model.weight.grad, twin.weight.grad)
+    norms = multi_tensor_l2norm(pairs)
+    assert torch.equal(norms, multi_tensor_l2norm(list(model.parameters())))
+
+
+def test_a_sequence_with_getitem_alone(device):
+    tensors = [torch.ones(4, device=device), torch.zeros(2, device=device)]
+    assert multi_tensor_l2norm(Listed(tensors)).tolist() == [2.0, 0.0]
+
+
+@pytest.mark.parametrize("number", [0, 1, np.False_, np.True_])
+def test_numbers_as_flags(number, device):
+    params = parameters(device)
+    assert multi_tensor_l2norm([torch.ones(4, device=device)], number).ndim == bool(number)
+    params[0].grad[0] = math.inf
+    if number:
+        with pytest.raises(RuntimeError, match="error_if_nonfinite=False"):
+            clip_grad_norm_(params, 1.0, error_if_nonfinite=number)
+    else:
+        clip_grad_norm_(params, 1.0, error_if_nonfinite=number)
+
+
+@pytest.mark.parametrize("flag", ["torch", None, 0.5, np.ones(2)])
+def test_what_is_no_flag(flag):
+    with pytest.raises(TypeError, match=r"per_tensor=.* is not allowed; must be True or False"):
+        multi_tensor_l2norm([torch.ones(2)], flag)
+
+
+@pytest.mark.parametrize("infinite", [np.float32("inf"), np.float64("inf"), torch.tensor(math.inf)])
+def test_an_infinite_max_norm_clips_nothing(infinite, device):
+    params = parameters(device)
+    before = [p.grad.clone() for p in params[:3]]
+    clip_grad_norm_(params, infinite)
+    assert all(torch.equal(p.grad, g) for p, g in zip(params, before, strict=False))

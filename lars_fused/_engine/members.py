@@ -75,6 +75,18 @@ def _bare(value: Any) -> Any:
     return type(value)(map(_bare, value)) if type(value) in (list, tuple) else value
 
 
+def tensors_of(given: object) -> list[Any] | None:
+    """The elements of what can be iterated over, pairs as their parameters; None of anything else.
+
+    Not `isinstance(given, Iterable)`, which does not know sequences with `__getitem__` alone.
+    """
+    try:
+        elements = iter(given)  # type: ignore[call-overload]
+    except TypeError:
+        return None
+    return [t[1] if isinstance(t, NamedParameter) else t for t in elements]
+
+
 def successor(model: nn.Module, name: str, p: Tensor) -> Tensor | None:
     """The parameter that took the place of `p`; None where `p` is in place, or nothing is there."""
     if any(p is held for held in model.parameters()):

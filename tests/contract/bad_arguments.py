@@ -142,7 +142,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "multi_tensor_l2norm: integers": lambda: multi_tensor_l2norm([torch.tensor([1, 2])]),
     "multi_tensor_l2norm: a tensor in the place of the list": lambda: multi_tensor_l2norm(W),
     "multi_tensor_l2norm: per_tensor that is no flag": lambda: multi_tensor_l2norm(
-        [W], per_tensor=1
+        [W], per_tensor="torch"
     ),
     "multi_tensor_l2norm: sparse": lambda: multi_tensor_l2norm([W.to_sparse()]),
     "multi_tensor_l2norm: unknown backend": lambda: multi_tensor_l2norm([W], backend="cuda"),

@@ -31,6 +31,7 @@ ANY = {
     "members.NamedParameter.__torch_function__": "any torch function, as torch types the protocol",
     "members.NamedParameter.__reduce__": "as the protocol of pickle is typed",
     "members._bare": "an argument of any torch function",
+    "members.tensors_of": "what a caller gave for tensors, before anything is checked",
     "members.named_alike": _GROUPS,
     "members.adopt": _GROUPS,
     "members.Layers.note": _GROUPS,
