@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import NoReturn
+from itertools import chain
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from . import options as table
 from ._engine import new_state, validate
+from ._engine.members import tensors_of
 from ._engine.new_state import StepState
 from ._engine.prepared_step import PreparedStep
 from ._engine.tensors import Scaling
@@ -46,9 +48,10 @@ def lars_step(
         params: tensors of any shape; float32, float16, bfloat16 or float64; updated in place.
         grads: one gradient per parameter, same shape and device; not modified.
         momentum_buffers: a list, one buffer per parameter, same shape, in memory of its own;
-            updated in place. None marks a tensor that has not been stepped yet: the entry is
-            replaced by a new buffer of `momentum_dtype` (float64 for float64 parameters) unless
-            `momentum` is 0.
+            updated in place. One that begins where another, a parameter or a gradient begins is
+            refused; an overlap in part is not looked for. None marks a tensor that has not been
+            stepped yet: the entry is replaced by a new buffer of `momentum_dtype` (float64 for
+            float64 parameters) unless `momentum` is 0.
         lr: γ; this and every hyper-parameter up to `maximize` as for `LARS`.
         momentum: μ; with 0 no buffer is read, allocated or written.
         weight_decay: as for `LARS`.
@@ -76,7 +79,9 @@ def lars_step(
     table.check(options._asdict(), "lars_step: ", read_device=False)
     table.check_settings(Settings(momentum_dtype, backend=backend), "lars_step: ")
     params, grads = _sequence("params", params), _sequence("grads", grads)
-    if not isinstance(momentum_buffers, list):
+    if momentum == 0:
+        momentum_buffers = _sequence("momentum_buffers", momentum_buffers)
+    elif not isinstance(momentum_buffers, list):
         raise TypeError(
             f"lars_step: momentum_buffers is a {type(momentum_buffers).__name__}; must be a list, "
             "which keeps the new buffers between steps; begin with [None] * len(params)"
@@ -88,9 +93,13 @@ def lars_step(
         )
     for name, value in (("grad_scale", grad_scale), ("found_inf", found_inf)):
         _check_scalar(name, value)
-    for i, row in enumerate(zip(params, grads, momentum_buffers, strict=True)):
-        for name, t in zip(("params", "grads", "momentum_buffers"), row, strict=True):
-            if not isinstance(t, Tensor) and not (t is None and name == "momentum_buffers"):
+    for name, given in (
+        ("params", params),
+        ("grads", grads),
+        ("momentum_buffers", momentum_buffers),
+    ):
+        for i, t in enumerate(given):
+            if not isinstance(t, Tensor) and not (t is None and given is momentum_buffers):
                 _refuse_element(name, i, t)
 
     def label(i: int) -> str:
@@ -107,9 +116,9 @@ def lars_step(
                 f"{label(i)}: is a duplicate of params[{seen_at[id(p)]}]; "
                 "each parameter may appear only once"
             )
-    _check_buffers(params, grads, momentum_buffers, label)
     buffers: list[Tensor | None] = [None] * len(params)
     if momentum != 0:
+        _check_buffers(params, grads, momentum_buffers, label)
         buffers = [
             new_state.new_buffer(p, momentum_dtype) if v is None else v
             for p, v in zip(params, momentum_buffers, strict=True)
@@ -131,13 +140,14 @@ def lars_step(
         momentum_buffers[:] = buffers
 
 
-def _sequence(name: str, given: Sequence[Tensor]) -> list[Tensor]:
-    if isinstance(given, Tensor) or not isinstance(given, Iterable):
+def _sequence(name: str, given: object) -> list[Any]:
+    listed = None if isinstance(given, Tensor) else tensors_of(given)
+    if listed is None:
         raise TypeError(
             f"lars_step: {name} is a {type(given).__name__}; must be a list of tensors, "
             f"such as [{name[:-1]}]"
         )
-    return list(given)
+    return listed
 
 
 def _refuse_element(name: str, i: int, value: object) -> NoReturn:
@@ -147,7 +157,7 @@ def _refuse_element(name: str, i: int, value: object) -> NoReturn:
     elif name == "grads" and value is None:
         remedy = "; leave out parameters without a gradient, with their buffers"
     raise TypeError(
-        f"lars_step: {name}[{i}]={value!r} is a {type(value).__name__}; "
+        f"lars_step: {name}[{i}]={table.shown(value)} is a {type(value).__name__}; "
         f"must be a tensor{also}{remedy}"
     )
 
@@ -156,7 +166,7 @@ def _check_scalar(name: str, value: Tensor | None) -> None:
     allowed = "must be None or a tensor of one real number"
     if value is not None and not isinstance(value, Tensor):
         raise TypeError(
-            f"lars_step: {name}={value!r} is a {type(value).__name__}; {allowed}, "
+            f"lars_step: {name}={table.shown(value)} is a {type(value).__name__}; {allowed}, "
             "such as torch.tensor(1.0)"
         )
     if value is not None and (value.numel() != 1 or value.is_complex() or value.is_sparse):
@@ -172,6 +182,9 @@ def _check_buffers(
     label: Callable[[int], str],
 ) -> None:
     """Raise where a buffer is another one, a parameter or a gradient: they would overwrite it."""
+    held = [v for v in buffers if v is not None]
+    if not held or _apart(held, chain(params, grads)):
+        return
     taken = {_place(t): f"params[{i}]" for i, t in enumerate(params)}
     taken |= {_place(t): f"grads[{i}]" for i, t in enumerate(grads)}
     for i, v in enumerate(buffers):
@@ -183,6 +196,15 @@ def _check_buffers(
                 f"{label(i)}: {name} shares its memory with {taken[place]}; each parameter needs "
                 "a buffer of its own; pass None for a new one"
             )
+
+
+def _apart(held: Sequence[Tensor], others: Iterable[Tensor]) -> bool:
+    """Whether all begin at different addresses. False is no answer: some may have none."""
+    try:
+        places = set(map(Tensor.data_ptr, held))
+        return len(places) == len(held) and places.isdisjoint(map(Tensor.data_ptr, others))
+    except (RuntimeError, NotImplementedError):  # fake and functional tensors
+        return False
 
 
 def _place(t: Tensor) -> object:

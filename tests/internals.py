@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lars_fused import LARS
+from lars_fused import LARS, functional
 from lars_fused._engine import fallback, launch, launch_schedule, launch_tables, plan
 from lars_fused._engine import tensors as engine_tensors
 from lars_fused._engine.new_state import StepState
@@ -168,6 +168,18 @@ def count_reads_of_gradients(patch: pytest.MonkeyPatch) -> list[PreparedStep]:
         return read(step, seen)
 
     patch.setattr(PreparedStep, "gradients_are_zero", noted)
+    return found
+
+
+def count_places_of_buffers(patch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Grows whenever `lars_step` asks a tensor whether it has memory, to tell buffers apart."""
+    place, found = functional._place, []
+
+    def noted(t: Tensor) -> object:
+        found.append(t)
+        return place(t)
+
+    patch.setattr(functional, "_place", noted)
     return found
 
 
