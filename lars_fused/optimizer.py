@@ -202,6 +202,11 @@ class LARS(Optimizer):
             return None
         loss = None
         if closure is not None:
+            if not callable(closure):
+                raise TypeError(
+                    f"LARS: step() was given closure={table.shown(closure)}; must be a function "
+                    "without arguments that returns the loss, or None"
+                )
             with torch.enable_grad():
                 loss = closure()
         # Dynamo would trace into the interpreter; its wrapper is left out where it is not tracing.
@@ -310,6 +315,8 @@ class LARS(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Like `torch.optim.Optimizer.state_dict`; the class lists the state's keys."""
         whole = self.state
+        for group in self.param_groups:
+            group.update(table.plain(group))  # numbers of numpy that were set since
         try:
             self.state = self._engine.taken_state(whole, for_checkpoint=True)
             return super().state_dict()
@@ -321,16 +328,19 @@ class LARS(Optimizer):
 
         Momentum and master weights keep the dtype that they were saved in (torch's own method casts
         them to the parameter's) and never alias the checkpoint's tensors. Hyper-parameters missing
-        from the checkpoint keep their values. Momentum of `torch.optim.SGD` can be continued with
-        `lr_in_momentum=False` alone; `convert_state_dict` converts its checkpoint for any.
+        from the checkpoint keep their values; but groups with momentum must have `lr_in_momentum`,
+        which says what it means, unless the optimizer has `lr_in_momentum=False`: the momentum of
+        `torch.optim.SGD` is then continued. `convert_state_dict` converts its checkpoint for any.
 
         Raises:
             ValueError, TypeError: if the checkpoint does not fit; the optimizer is left unchanged.
         """
-        if not isinstance(state_dict, dict):
+        if not isinstance(state_dict, Mapping):
             raise TypeError(
                 f"LARS: the checkpoint is a {type(state_dict).__name__}; must be the dict that "
                 "state_dict() returned"
             )
         with Restore(self, self.master_weights):
-            super().load_state_dict(state_dict)
+            super().load_state_dict(
+                state_dict if isinstance(state_dict, dict) else dict(state_dict)
+            )

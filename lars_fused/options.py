@@ -231,7 +231,7 @@ def plain(values: Mapping[str, Any]) -> dict[str, Any]:
     """The same with floats in the place of other numbers (numpy's), which checkpoints can hold."""
 
     def foreign(name: str, value: Any) -> bool:
-        number = name in TABLE and isinstance(value, numbers.Real)
+        number = name in (*TABLE, "initial_lr") and isinstance(value, numbers.Real)
         return number and type(value) not in (int, float, bool)
 
     return {n: float(value) if foreign(n, value) else value for n, value in values.items()}

@@ -82,7 +82,7 @@ class Restore:
             held, g = saved["state"].get(key, {}), of[key]
             self._check_state(held, p, label)
             if held.get("momentum_buffer") is not None:
-                self._check_meaning(groups[g], saved["param_groups"][g], g, label)
+                self._check_meaning(known[g], saved["param_groups"][g], g, label)
         self._loaded = {**saved, "param_groups": known}
         return self._loaded
 
@@ -91,16 +91,30 @@ class Restore:
         """Refuse momentum that another optimizer means differently, under the same key.
 
         That of `torch.optim.SGD` is free of the learning rate. Where ours is too, it is continued.
+        `group`: ours, as it would be loaded. With momentum 0 it does not read the buffer.
         """
         foreign = sorted(_FOREIGN.intersection(old))
-        if "lr_in_momentum" in old or not (group["lr_in_momentum"] or foreign):
+        inside = group["lr_in_momentum"]
+        if "lr_in_momentum" in old or group["momentum"] == 0 or not (inside or foreign):
             return
-        whose = f"has {foreign[0]!r}" if foreign else "is like that of torch.optim.SGD"
+        if foreign or ("nesterov" in old and "trust_coefficient" not in old):
+            whose = f"has {foreign[0]!r}" if foreign else "is like that of torch.optim.SGD"
+            cause = (
+                f"it {whose}, and its momentum may mean something else than with "
+                f"lr_in_momentum={inside}; use convert_state_dict, which converts it"
+            )
+            if not foreign:
+                cause += ", or LARS(..., lr_in_momentum=False) to go on with the momentum of SGD "
+                cause += "as it is"
+        else:
+            cause = (
+                "nothing says whether its momentum holds the learning rate; set 'lr_in_momentum' "
+                "in the checkpoint's groups to what the momentum was made with (True unless LARS "
+                "was given another)"
+            )
         raise ValueError(
             f"{label}: the checkpoint has a momentum_buffer, and its param_groups[{g}] no "
-            f"'lr_in_momentum': it {whose}, and its momentum may mean something else than with "
-            f"lr_in_momentum={group['lr_in_momentum']}; use convert_state_dict, which converts it, "
-            "or LARS(..., lr_in_momentum=False) to go on with the momentum of SGD as it is"
+            f"'lr_in_momentum': {cause}"
         )
 
     @staticmethod

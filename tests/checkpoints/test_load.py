@@ -1,6 +1,7 @@
 """Saving and loading: nothing is lost, nothing is shared, what does not fit is named."""
 
 import io
+from collections import UserDict
 
 import pytest
 import torch
@@ -323,3 +324,70 @@ def test_numbers_of_numpy_come_back_from_a_checkpoint(backend, device):
     groups = torch.load(file, weights_only=True)["param_groups"]
     assert (groups[0]["lr"], groups[0]["momentum"], groups[0]["eps"]) == (0.5, 0.75, 0.0)
     assert groups[1]["weight_decay"] == 0.25
+
+
+@pytest.mark.parametrize("kept", [("params",), ("params", "lr", "momentum", "trust_coefficient")])
+def test_momentum_of_which_nothing_says_what_it_is(kept, backend, device):
+    """Groups of a LARS that somebody stripped: the remedy is one that helps."""
+    optimizer = LARS(parameters(device), **OPTIONS, backend=backend)
+    train(optimizer, range(1))
+    state = optimizer.state_dict()
+    state["param_groups"] = [{name: g[name] for name in kept} for g in state["param_groups"]]
+    other = LARS(parameters(device), **OPTIONS, backend=backend)
+    with pytest.raises(ValueError, match=r"nothing says .* set 'lr_in_momentum'") as caught:
+        other.load_state_dict(state)
+    assert "SGD" not in str(caught.value)
+    assert "convert_state_dict" not in str(caught.value)
+    state["param_groups"][0]["lr_in_momentum"] = True
+    other.load_state_dict(state)
+    for key, value in tensors_of(other.state_dict()).items():
+        assert torch.equal(value, optimizer.state_dict()["state"][key[0]][key[1]])
+
+
+def foreign(device, momentum=0.9, **options):
+    """A checkpoint of torch.optim.SGD, or of another LARS that keeps its momentum there."""
+    sgd = torch.optim.SGD(parameters(device), lr=0.1, momentum=0.9)
+    train(sgd, range(1))
+    state = sgd.state_dict()
+    state["param_groups"][0].update(options, momentum=momentum)
+    return state
+
+
+@pytest.mark.parametrize(
+    ("inside", "options", "helps"),
+    [(True, {}, True), (True, {"eta": 0.1}, False), (False, {"eta": 0.1}, False)],
+)
+def test_no_remedy_is_named_that_does_not_help(inside, options, helps, device):
+    optimizer = LARS(parameters(device), lr_in_momentum=inside)
+    with pytest.raises(ValueError, match="convert_state_dict") as caught:
+        optimizer.load_state_dict(foreign(device, **options))
+    assert ("or LARS(..., lr_in_momentum=False)" in str(caught.value)) == helps
+
+
+@pytest.mark.parametrize("options", [{}, {"always_adapt": False}])
+def test_momentum_that_will_not_be_read_means_nothing(options, backend, device):
+    optimizer = LARS(parameters(device), backend=backend)
+    optimizer.load_state_dict(foreign(device, momentum=0.0, **options))
+    train(optimizer, range(1))
+
+
+def test_a_mapping_that_is_no_dict(backend, device):
+    optimizer = LARS(parameters(device), **OPTIONS, backend=backend)
+    train(optimizer, range(1))
+    other = LARS(parameters(device), backend=backend)
+    other.load_state_dict(UserDict(optimizer.state_dict()))
+    assert other.param_groups[0]["lr"] == OPTIONS["lr"]
+    assert tensors_of(other.state_dict()).keys() == tensors_of(optimizer.state_dict()).keys()
+
+
+def test_numbers_of_numpy_that_were_set_between_steps(backend, device):
+    numpy = pytest.importorskip("numpy")
+    optimizer = LARS(parameters(device), **OPTIONS, backend=backend)
+    optimizer.param_groups[0].update(lr=numpy.float64(0.5), momentum=numpy.float32(0.75))
+    optimizer.param_groups[0]["initial_lr"] = numpy.float64(0.5)  # as schedulers copy it
+    train(optimizer, range(1))
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    group = torch.load(file, weights_only=True)["param_groups"][0]
+    assert (group["lr"], group["momentum"], group["initial_lr"]) == (0.5, 0.75, 0.5)

@@ -258,6 +258,15 @@ CASES: dict[str, Prepare] = {
     "checkpoint with a momentum of another shape": saved_state(momentum_buffer=torch.ones(4)),
     "checkpoint of another optimizer": saved_state(exp_avg=torch.ones(3), step=1),
     "checkpoint of `torch.optim.SGD`, whose momentum is free of lr": loading(of_another()),
+    "checkpoint whose momentum nothing explains": loading(
+        lambda saved: [
+            group.pop(name)
+            for group in saved["param_groups"]
+            for name in Options._fields
+            if name != "momentum"
+        ]
+    ),
+    "a closure that is no function": calling(lambda w: w.optimizer.step(3)),
     "checkpoint of another LARS with the same key": loading(of_another(is_skipped=False)),
 }
 
