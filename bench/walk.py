@@ -36,7 +36,7 @@ from bench.sass import DATA, LATENCY, Step, instructions, is_loop, route, walk
 DRAW = r"ATOMG\.E\.ADD\.64"
 ARRIVE = r"ATOMG\.E\.ADD\.STRONG"
 PUBLISH = r"ATOMG\.E\.EXCH"
-POLL = r"LDG\.E\.64\.STRONG\.SYS"
+POLL = r"LDG\.E\.(?:64\.)?STRONG\.SYS"  # half of a word, where only that is used
 PARTIAL = r"LDG\.E\.64\.STRONG\.GPU"
 NORM_LOAD, UPDATE_LOAD = r"LDG\.E\.EL\.", r"LDG\.E\.EF\."
 UPDATE_STORE = r"STG\.E\.EF\."

@@ -253,9 +253,11 @@ FAULTS = [
     Fault("machine code: ticket received before data is asked for", "codegen", ORDER, STEP,
           "            w, g, v = load_triple(",
           "            next_ticket = receive(drawn, THREADS)\n            w, g, v = load_triple("),
-    Fault("machine code: ratio asked for before data", "codegen", ORDER, STEP,
+    Fault("machine code: ratio waited for before data is asked for", "codegen", ORDER, STEP,
           "            w, g, v = load_triple(",
-          "            ask(flags + tensor, POLL_ATOMIC)\n            w, g, v = load_triple("),
+          "            asked = ask(flags + tensor, POLL_ATOMIC)\n"
+          "            wait_for_ratio(asked, flags + tensor, epoch, POLL_ATOMIC, BACKOFF)\n"
+          "            w, g, v = load_triple("),
     Fault("machine code: next item read at the end", "codegen", LATENCY, STEP,
           "        item = next_item\n",
           "        item = tl.load(items + next_ticket, mask=next_ticket < todo, other=0)\n"),
