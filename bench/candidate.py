@@ -84,7 +84,7 @@ def main(folder: Path, budget: Budget, on: str = "cuda") -> int:
         with pieces.piece(name, seconds, budget):
             try:
                 do()
-            except Exception as error:
+            except Exception as error:  # whatever it is: noted, and raised again
                 environment.note(folder, candidate={name: f"{type(error).__name__}: {error}"[:300]})
                 raise
     return 0

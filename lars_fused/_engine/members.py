@@ -81,6 +81,7 @@ def tensors_of(given: object) -> list[Any] | None:
     Not `isinstance(given, Iterable)`, which does not know sequences with `__getitem__` alone.
     """
     try:
+        # What cannot be iterated over is asked for here, and answered below.
         elements = iter(given)  # type: ignore[call-overload]
     except TypeError:
         return None
