@@ -4,7 +4,7 @@
     python -m tests.readme --counts    counts the quick tests of each tier too, in half a minute
 
 The contract's matrix comes from the markers `row`, the refusals from `refusals.txt`, the faults
-from `ci/mutate.py`.
+from `ci/faults.py`.
 """
 
 from __future__ import annotations
@@ -123,9 +123,9 @@ def refusals() -> str:
     return "\n".join(lines)
 
 
-def mutate() -> ModuleType:
-    """`ci/mutate.py`, which is a script and no package's module."""
-    spec = importlib.util.spec_from_file_location("mutate", HERE.parent / "ci" / "mutate.py")
+def faults_module() -> ModuleType:
+    """`ci/faults.py`, which stands beside scripts and is no package's module."""
+    spec = importlib.util.spec_from_file_location("faults", HERE.parent / "ci" / "faults.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -135,7 +135,7 @@ def mutate() -> ModuleType:
 
 def faults() -> str:
     lines = ["| fault | file | tier | must be caught by |", "|---|---|---|---|"]
-    for fault in mutate().FAULTS:
+    for fault in faults_module().FAULTS:
         file, names = fault.tests.split(":")
         lines.append(f"| {fault.what} | `{fault.path}` | {fault.tier} | {file}: `{names}` |")
     return "\n".join(lines)

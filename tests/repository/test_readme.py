@@ -18,16 +18,15 @@ def test_every_row_of_the_contract_has_a_test():
 
 
 def test_every_fault_has_its_text_once():
-    mutate = readme.mutate()
-    for fault in mutate.FAULTS:
+    for fault in readme.faults_module().FAULTS:
         text = (readme.HERE.parent / fault.path).read_text(encoding="utf-8")
         assert text.count(fault.old) == 1, fault
 
 
 def test_every_fault_names_tests_that_exist():
-    mutate = readme.mutate()
-    for fault in mutate.FAULTS:
-        path = readme.HERE.parent / mutate.path_of(fault)
+    faults = readme.faults_module()
+    for fault in faults.FAULTS:
+        path = readme.HERE.parent / faults.path_of(fault)
         assert path.exists(), fault
         # After "and": parameters of the test that the first word names.
         names = [choice.split(" and ")[0] for choice in fault.tests.split(":")[1].split(" or ")]
