@@ -7,7 +7,6 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
-from numbers import Integral
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -88,20 +87,15 @@ def param_groups(
             f"param_groups: weight_decay={table.shown(weight_decay)} is not allowed; "
             "must be a finite number >= 0"
         )
-    if (
-        isinstance(exclude_ndim, bool)
-        or not isinstance(exclude_ndim, Integral)
-        or exclude_ndim < -1
-    ):
-        raise ValueError(
-            f"param_groups: exclude_ndim={exclude_ndim!r} is not allowed; must be an int >= -1"
-        )
-    if not isinstance(strict, bool):
-        raise TypeError(f"param_groups: strict={strict!r} is not allowed; must be True or False")
-    alone = isinstance(exclude, str) or callable(exclude)
-    if not alone and not isinstance(exclude, Iterable):
+    table.integer("exclude_ndim", exclude_ndim, -1, "param_groups: ")
+    table.check_flag("strict", strict, "param_groups: ")
+    rules: list[Any]
+    if isinstance(exclude, str) or callable(exclude):
+        alone, rules = True, [exclude]
+    elif isinstance(exclude, Iterable):
+        alone, rules = False, list(exclude)
+    else:
         raise _no_rule(exclude)
-    rules: list[Any] = [exclude] if alone else list(exclude)
     named = _names_by_parameter(model)
     patterns = _patterns(rules, [name for names, _ in named for name in names], strict or alone)
     predicates = [rule for rule in rules if not isinstance(rule, str)]

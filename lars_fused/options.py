@@ -87,6 +87,19 @@ def truth(name: str, value: object, where: str) -> bool:
     return bool(number)
 
 
+def integer(name: str, value: object, at_least: int, where: str) -> int:
+    """An integer of a function or a setting, numpy's too, as an int.
+
+    Raises:
+        ValueError: it is no integer (a flag is none), or below `at_least`.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < at_least:
+        raise ValueError(
+            f"{where}{name}={shown(value)} is not allowed; must be an int >= {at_least}"
+        )
+    return int(value)
+
+
 def _check_lr(name: str, value: object, where: str, read_device: bool) -> None:
     if not isinstance(value, Tensor):
         _check_number(name, value, None, where)
@@ -273,9 +286,7 @@ def check_settings(settings: Settings, where: str) -> None:
     check_choice("momentum_dtype", settings.momentum_dtype, MOMENTUM_DTYPES, where)
     check_flag("master_weights", settings.master_weights, where)
     check_flag("capturable", settings.capturable, where)
-    ndim = settings.exclude_ndim
-    if isinstance(ndim, bool) or not isinstance(ndim, numbers.Integral) or ndim < -1:
-        raise ValueError(f"{where}exclude_ndim={ndim!r} is not allowed; must be an int >= -1")
+    integer("exclude_ndim", settings.exclude_ndim, -1, where)
 
 
 def documentation_table() -> str:

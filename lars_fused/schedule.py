@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from numbers import Integral
 from typing import Any
 
 from torch import Tensor
@@ -64,14 +63,15 @@ class WarmupPolynomialLR(LRScheduler):
         end_lr: float = 0.0,
         last_epoch: int = -1,
     ) -> None:
-        self.warmup_steps = _integer("warmup_steps", warmup_steps, at_least=0)
-        self.total_steps = _integer("total_steps", total_steps, at_least=self.warmup_steps + 1)
+        where = "WarmupPolynomialLR: "
+        self.warmup_steps = table.integer("warmup_steps", warmup_steps, 0, where)
+        self.total_steps = table.integer("total_steps", total_steps, self.warmup_steps + 1, where)
         self.power = _real("WarmupPolynomialLR", "power", power, above=0.0)
         self.warmup_start_factor = _real(
             "WarmupPolynomialLR", "warmup_start_factor", warmup_start_factor, at_most=1.0
         )
         self.end_lr = _real("WarmupPolynomialLR", "end_lr", end_lr)
-        super().__init__(optimizer, _integer("last_epoch", last_epoch, at_least=-1))
+        super().__init__(optimizer, table.integer("last_epoch", last_epoch, -1, where))
 
     def get_lr(self) -> list[float | Tensor]:
         """The learning rate of every group at the current step."""
@@ -137,8 +137,8 @@ def scaled_lr(
         ValueError: an argument or the result is out of range, or the rule is unknown.
     """
     base = _real("scaled_lr", "base_lr", base_lr)
-    batch = _integer("batch_size", batch_size, at_least=1, owner="scaled_lr")
-    tuned_for = _integer("base_batch_size", base_batch_size, at_least=1, owner="scaled_lr")
+    batch = table.integer("batch_size", batch_size, 1, "scaled_lr: ")
+    tuned_for = table.integer("base_batch_size", base_batch_size, 1, "scaled_lr: ")
     if rule not in ("linear", "sqrt"):
         raise ValueError(f"scaled_lr: rule={rule!r} is not allowed; must be 'linear' or 'sqrt'")
     scaled = math.inf
@@ -151,14 +151,6 @@ def scaled_lr(
             f"batch_size={table.shown(batch)} is beyond the floating-point numbers; must be finite"
         )
     return scaled
-
-
-def _integer(name: str, value: Any, *, at_least: int, owner: str = "WarmupPolynomialLR") -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < at_least:
-        raise ValueError(
-            f"{owner}: {name}={table.shown(value)} is not allowed; must be an int >= {at_least}"
-        )
-    return int(value)
 
 
 def _real(

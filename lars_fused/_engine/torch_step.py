@@ -194,8 +194,7 @@ def learning_rates(options: Sequence[Options], like: Tensor) -> Tensor:
     """The learning rate of each tensor, in the dtype and on the device of `like`."""
 
     def column(values: list[float], dtype: torch.dtype) -> Tensor:
-        if not dtype.is_floating_point:
-            return torch.tensor(values, dtype=dtype, device="cpu").to(like.device)
+        # Exact for places in a list too, which are whole numbers.
         return numbers(values, torch.float64).to(like.device, dtype)
 
     return foreach.learning_rates(options, like, column)
