@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from numbers import Real
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-
-from .. import options as table
 
 
 def register_hook(
@@ -78,12 +77,10 @@ class NoiseScale:
             raise ValueError(
                 f"NoiseScale: batch_size={batch_size!r} is not allowed; must be an int >= 1"
             )
-        number = table.finite(decay)
-        if number is None or not 0.0 <= number < 1.0:
-            raise ValueError(
-                f"NoiseScale: decay={table.shown(decay)} is not allowed; must be in [0, 1)"
-            )
-        self.batch_size, self.decay, self._group = batch_size, number, group
+        number = isinstance(decay, Real) and not isinstance(decay, bool)
+        if not number or not 0.0 <= decay < 1.0:
+            raise ValueError(f"NoiseScale: decay={decay!r} is not allowed; must be in [0, 1)")
+        self.batch_size, self.decay, self._group = batch_size, decay, group
         self._mean = torch.zeros(3, dtype=torch.float64)  # of tr(Σ), |G|² and 1
         self._forget()
 
