@@ -67,12 +67,11 @@ def main(folder: Path, budget: Budget, on: str = "cuda") -> int:
         print(f"no row for {architecture} waits to be measured")
         return 0
     recorder, pieces = Recorder(folder), Pieces(folder)
-    names = (HELD,)
     todo: dict[str, tuple[Callable[[], object], float]] = {TESTS: (partial(_test, folder), 80)}
     for model in MODELS:
         todo[f"candidate: {model}"] = partial(_time, model, device, recorder), 45
     todo["candidate: launches"] = partial(profiler.count_step, HELD, recorder), 25
-    todo["candidate: by ncu"] = partial(profiler.weigh, names, recorder, folder, budget), math.inf
+    todo["candidate: by ncu"] = partial(profiler.weigh, (HELD,), recorder, folder, budget), math.inf
     for tool in sanitizer.TOOLS:
         todo[f"candidate: {tool}"] = partial(_sanitize, tool, folder, 25.0), 35
     for name, (do, seconds) in todo.items():

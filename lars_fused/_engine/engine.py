@@ -15,7 +15,7 @@ from .. import options as table
 from ..options import Options, Settings
 from . import graph_pool, launch, new_state, parameters, partition, rank_check, sharding, validate
 from .graph_pool import GraphPool
-from .kept import COMPLETE, UNREAD, Hyper, Pattern, PreparedSteps, Ready, Waiting
+from .kept import COMPLETE, UNREAD, FirstGradient, Hyper, Pattern, PreparedSteps, Ready
 from .measured import Measured, Row
 from .members import Layers, Origins
 from .new_state import State
@@ -35,7 +35,7 @@ class Engine:
         self.prepared = PreparedSteps()
         self.origins = Origins()
         self.layers = Layers()
-        self._waiting = Waiting()
+        self._first_gradient = FirstGradient()
         self._graphs = GraphPool()
         self._compared = False  # sharded parameters, against those of other ranks
         self._first_steps = new_state.FirstSteps()
@@ -164,8 +164,10 @@ class Engine:
     def _explain_no_gradient(self, groups: Groups) -> None:
         """Raise or warn where it looks as if no parameter would ever get one."""
         self._refuse_replaced(groups)
-        self._waiting.steps += not self._waiting.over
-        if self._waiting.steps == 2 and not self._waiting.over and self._params.flat:
+        if self._first_gradient.came:
+            return
+        self._first_gradient.steps_without += 1
+        if self._first_gradient.steps_without == 2 and self._params.flat:
             warnings.warn(
                 f"LARS: two steps, and none of the {len(self._params.flat)} parameters has had a "
                 "gradient; if the model was sharded, moved or replaced after the optimizer was "
@@ -197,7 +199,7 @@ class Engine:
         def label(i: int) -> str:
             return every.label(where[i], groups)
 
-        self._waiting.over = True
+        self._first_gradient.came = True
         if len(where) < len(every.flat):
             self._refuse_replaced(groups)
         params, row_of = [every.flat[i] for i in where], [every.row_of[i] for i in where]

@@ -54,9 +54,8 @@ class Hyper(NamedTuple):
 UNREAD = Hyper([], [], [])
 
 
-class Waiting:
-    """For the first gradient."""
+class FirstGradient:
+    """Whether any parameter has had a gradient yet, and the steps before it."""
 
-    steps = 0
-    """How many steps had none."""
-    over = False
+    came = False
+    steps_without = 0
