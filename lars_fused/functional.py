@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import chain
-from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from . import options as table
 from ._engine import new_state, validate
-from ._engine.members import tensors_of
+from ._engine.members import list_of_tensors
 from ._engine.new_state import StepState
 from ._engine.prepared_step import PreparedStep
 from ._engine.tensors import Scaling
@@ -78,9 +77,10 @@ def lars_step(
     options = table.pick(locals())
     table.check(options._asdict(), "lars_step: ", read_device=False)
     table.check_settings(Settings(momentum_dtype, backend=backend), "lars_step: ")
-    params, grads = _sequence("params", params), _sequence("grads", grads)
+    params = list_of_tensors("lars_step", "params", params)
+    grads = list_of_tensors("lars_step", "grads", grads)
     if momentum == 0:
-        momentum_buffers = _sequence("momentum_buffers", momentum_buffers)
+        momentum_buffers = list_of_tensors("lars_step", "momentum_buffers", momentum_buffers)
     elif not isinstance(momentum_buffers, list):
         raise TypeError(
             f"lars_step: momentum_buffers is a {type(momentum_buffers).__name__}; must be a list, "
@@ -93,14 +93,9 @@ def lars_step(
         )
     for name, value in (("grad_scale", grad_scale), ("found_inf", found_inf)):
         _check_scalar(name, value)
-    for name, given in (
-        ("params", params),
-        ("grads", grads),
-        ("momentum_buffers", momentum_buffers),
-    ):
-        for i, t in enumerate(given):
-            if not isinstance(t, Tensor) and not (t is None and given is momentum_buffers):
-                _refuse_element(name, i, t)
+    _check_elements("params", params)
+    _check_elements("grads", grads)
+    _check_elements("momentum_buffers", momentum_buffers)
 
     def label(i: int) -> str:
         return validate.describe(f"params[{i}]", params[i], what="lars_step")
@@ -140,26 +135,16 @@ def lars_step(
         momentum_buffers[:] = buffers
 
 
-def _sequence(name: str, given: object) -> list[Any]:
-    listed = None if isinstance(given, Tensor) else tensors_of(given)
-    if listed is None:
-        raise TypeError(
-            f"lars_step: {name} is a {type(given).__name__}; must be a list of tensors, "
-            f"such as [{name[:-1]}]"
-        )
-    return listed
-
-
-def _refuse_element(name: str, i: int, value: object) -> NoReturn:
-    also, remedy = "", ""
-    if name == "momentum_buffers":
-        also = ", or None for one that has not been stepped yet"
-    elif name == "grads" and value is None:
-        remedy = "; leave out parameters without a gradient, with their buffers"
-    raise TypeError(
-        f"lars_step: {name}[{i}]={table.shown(value)} is a {type(value).__name__}; "
-        f"must be a tensor{also}{remedy}"
-    )
+def _check_elements(name: str, given: Sequence[object]) -> None:
+    for i, t in enumerate(given):
+        if isinstance(t, Tensor) or (t is None and name == "momentum_buffers"):
+            continue
+        also = ""
+        if name == "momentum_buffers":
+            also = ", or None for one that has not been stepped yet"
+        elif name == "grads" and t is None:
+            also = "; leave out parameters without a gradient, with their buffers"
+        raise validate.not_a_tensor(f"lars_step: {name}[{i}]", t, also)
 
 
 def _check_scalar(name: str, value: Tensor | None) -> None:

@@ -15,7 +15,7 @@ from . import options as table
 from ._engine import launch, sharding, torch_step, validate
 from ._engine.launch_schedule import Contents
 from ._engine.launch_tables import LaunchTables
-from ._engine.members import tensors_of
+from ._engine.members import list_of_tensors, tensors_of
 from ._engine.tensors import Addresses, Scaling
 from .options import Options
 
@@ -48,12 +48,7 @@ def multi_tensor_l2norm(
     """
     table.check_choice("backend", backend, table.BACKENDS, "multi_tensor_l2norm: ")
     each = table.truth("per_tensor", per_tensor, "multi_tensor_l2norm: ")
-    listed = None if isinstance(tensors, Tensor) else tensors_of(tensors)
-    if listed is None:
-        raise TypeError(
-            f"multi_tensor_l2norm: tensors is a {type(tensors).__name__}; must be a list of "
-            "tensors, such as [tensor]"
-        )
+    listed = list_of_tensors("multi_tensor_l2norm", "tensors", tensors)
     _check_tensors("multi_tensor_l2norm", "tensors", listed)
     return _norms(
         listed, each, backend,
@@ -64,7 +59,7 @@ def multi_tensor_l2norm(
 def _check_tensors(caller: str, name: str, given: Sequence[object]) -> None:
     for i, t in enumerate(given):
         if not isinstance(t, Tensor):
-            raise TypeError(f"{caller}: {name}[{i}] is a {type(t).__name__}; must be a tensor")
+            raise validate.not_a_tensor(f"{caller}: {name}[{i}]", t)
 
 
 def _norms(

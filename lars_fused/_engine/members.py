@@ -88,6 +88,17 @@ def tensors_of(given: object) -> list[Any] | None:
     return [t[1] if isinstance(t, NamedParameter) else t for t in elements]
 
 
+def list_of_tensors(caller: str, name: str, given: object) -> list[Any]:
+    """`tensors_of`; TypeError for anything else, and for a tensor, which it would take apart."""
+    listed = None if isinstance(given, Tensor) else tensors_of(given)
+    if listed is None:
+        raise TypeError(
+            f"{caller}: {name} is a {type(given).__name__}; must be a list of tensors, "
+            f"such as [{name[:-1]}]"
+        )
+    return listed
+
+
 def successor(model: nn.Module, name: str, p: Tensor) -> Tensor | None:
     """The parameter that took the place of `p`; None where `p` is in place, or nothing is there."""
     if any(p is held for held in model.parameters()):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..options import MOMENTUM_DTYPES
+from ..options import MOMENTUM_DTYPES, shown
 
 STORAGE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """Dtypes that the kernels support."""
@@ -32,6 +32,11 @@ def describe(where: str, t: Tensor, name: str | None = None, what: str = "LARS")
         str(t.device),
     ]
     return f"{what}: {where} ({', '.join(facts)})"
+
+
+def not_a_tensor(where: str, value: object, also: str = "") -> TypeError:
+    """The error for what is no tensor; `also`: what else is allowed, and the remedy."""
+    return TypeError(f"{where}={shown(value)} is a {type(value).__name__}; must be a tensor{also}")
 
 
 def overlaps(t: Tensor) -> bool:

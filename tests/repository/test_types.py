@@ -32,6 +32,7 @@ ANY = {
     "members.NamedParameter.__reduce__": "as the protocol of pickle is typed",
     "members._bare": "an argument of any torch function",
     "members.tensors_of": "what a caller gave for tensors, before anything is checked",
+    "members.list_of_tensors": "the same",
     "members.named_alike": _GROUPS,
     "members.adopt": _GROUPS,
     "members.Layers.note": _GROUPS,
