@@ -106,9 +106,11 @@ class Batch:
     ):  # fmt: skip
         self.index, self.alike, self._scratch, dtype = index, alike, scratch, scratch.dtype
         n = len(index)
-        self._counts = counts = [max(1, -(-weights[i].numel() // row)) for i in index]
+        counts = [max(1, -(-weights[i].numel() // row)) for i in index]
         self._padded = any(weights[i].numel() % row for i in index)
         first = [0, *accumulate(counts)]  # row of each tensor
+        # How many rows each tensor has; None if each has one.
+        self._counts = None if first[-1] == n else counts
         size = first[-1] * row
         flat = scratch.flat("WD", 2 * size)
         both = flat.view(-1, row)
@@ -169,10 +171,11 @@ class Batch:
         """The squared norms in D only."""
         return self._squares(self._matrices.d, self._spans[: len(self.index)])
 
-    @staticmethod
-    def _squares(matrix: Tensor, spans: list[tuple[int, int]]) -> list[float]:
+    def _squares(self, matrix: Tensor, spans: list[tuple[int, int]]) -> list[float]:
         # On the host: with cold caches an operator costs as much as a hundred of these numbers.
         squares = [norm * norm for norm in _norm(matrix, dim=1).tolist()]
+        if self._counts is None:
+            return squares
         return [squares[a] if b - a == 1 else sum(squares[a:b]) for a, b in spans]
 
     def undo_decay(self, k: int, g: Tensor) -> None:
@@ -235,7 +238,10 @@ class Batch:
         """
         if not (math.isfinite(sum(factors)) and max(map(abs, factors)) < 3e38):
             self._scratch.clean_for = None  # the padding may hold 0 · inf
-        self._factors.write(chain.from_iterable(map(repeat, factors, self._counts)))
+        by_row: Iterable[float] = factors
+        if self._counts is not None:
+            by_row = chain.from_iterable(map(repeat, factors, self._counts))
+        self._factors.write(by_row)
         self._matrices.d.mul_(self._factors.tensor)
         kinds: dict[tuple[float, float, bool], list[int]] = {}
         for run, o, out in zip(self.runs, options, outs, strict=True):

@@ -38,6 +38,21 @@ def test_padding_does_not_carry_over_to_another_batch():
         torch.testing.assert_close(sums[:, :2], true_sums[:, :2], rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("long", [0, 1, 2])
+def test_one_tensor_of_two_rows_among_others_of_one(long):
+    """Where each has one row, rows and tensors are not told apart."""
+    sizes = [500, 400, 300]
+    sizes[long] = 1000
+    w, g, v = lists([(size,) for size in sizes])
+    o = Options(**TERMS)
+    true_w, true_v, (true_sums, _) = truth_of(w, g, v, [None] * 3, [o] * 3, [False] * 3)
+    old = clones(w)
+    sums, _ = step(w, g, v, o).tables()
+    check(w, true_w, old)
+    check(v, true_v, old)
+    torch.testing.assert_close(sums[:, :2], true_sums[:, :2], rtol=1e-6, atol=0)
+
+
 def test_many_small_tensors_are_few_calls(calls):
     w, g, v = lists([(18, 17)] * 32)
     o = Options(**TERMS)
