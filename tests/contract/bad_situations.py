@@ -62,10 +62,16 @@ def one_step(p: nn.Parameter, **options: Any) -> None:
 # ------------------------------------------------------------------ ranks, one of them real
 
 
+# A thread of gloo's may drop the last reference to its group, and would then wait for itself, which
+# ends the process: once in some hundred steps of DDP. So no group is dropped.
+_GROUPS: list[dist.ProcessGroup | None] = []
+
+
 @contextlib.contextmanager
 def group_of_one() -> Iterator[None]:
     with patch.object(sys, "excepthook", sys.excepthook):  # which torch wraps once for each group
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        _GROUPS.append(dist.group.WORLD)
         try:
             yield
         finally:
