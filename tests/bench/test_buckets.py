@@ -1,14 +1,12 @@
 """Which gradients are misaligned as views into DDP's buckets."""
 
-import gc
-
 import pytest
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from bench.buckets import misaligned, resnet50_of_10_classes
 from bench.models import resnet50
+from tests.distributed.ranks import group_of_one
 
 pytestmark = pytest.mark.cpu
 
@@ -25,12 +23,9 @@ def test_published_heads_are_aligned_and_a_small_one_is_not():
     assert sum(misaligned([s for _, s in resnet50_of_10_classes()], torch.float32)) > 1
 
 
-def test_ddp_does_the_same(tmp_path):
+def test_ddp_does_the_same():
     """The prediction against the views that DDP really makes."""
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
-    )
-    try:
+    with group_of_one():
         model = torch.nn.Sequential(torch.nn.Linear(6, 7), torch.nn.Linear(7, 10))
         ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
         ddp(torch.ones(2, 6)).sum().backward()
@@ -39,8 +34,3 @@ def test_ddp_does_the_same(tmp_path):
         base = min(p.grad.data_ptr() for p in model.parameters())
         real = [(p.grad.data_ptr() - base) % 16 != 0 for p in model.parameters()]
         assert real == misaligned([tuple(p.shape) for p in model.parameters()], torch.float32)
-    finally:
-        # DDP lies in a cycle; collected later, it would end the group's threads on its own.
-        ddp = None
-        gc.collect()
-        dist.destroy_process_group()

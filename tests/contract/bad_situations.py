@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
@@ -32,6 +31,7 @@ from lars_fused._engine import (
 from lars_fused.distributed import NoiseScale, check_same_on_all_ranks, overlap_with_backward
 from lars_fused.monitor import Monitor
 from tests.contract.wrapped_tensors import Deaf, ReadOnly
+from tests.distributed.ranks import group_of_one
 
 Call = Callable[[], Any]
 MATRIX = torch.ones(4, 3)
@@ -60,22 +60,6 @@ def one_step(p: nn.Parameter, **options: Any) -> None:
 
 
 # ------------------------------------------------------------------ ranks, one of them real
-
-
-# A thread of gloo's may drop the last reference to its group, and would then wait for itself, which
-# ends the process: once in some hundred steps of DDP. So no group is dropped.
-_GROUPS: list[dist.ProcessGroup | None] = []
-
-
-@contextlib.contextmanager
-def group_of_one() -> Iterator[None]:
-    with patch.object(sys, "excepthook", sys.excepthook):  # which torch wraps once for each group
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        _GROUPS.append(dist.group.WORLD)
-        try:
-            yield
-        finally:
-            dist.destroy_process_group()
 
 
 @contextlib.contextmanager

@@ -1,7 +1,6 @@
 """Saving, loading, copying and sending elsewhere: training goes on as if nothing had happened."""
 
 import copy
-import gc
 import io
 import pickle
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 
 from lars_fused import LARS, convert_state_dict
+from tests.distributed.ranks import group_of_one
 from tests.oracle import Truth, assert_true
 from tests.tools import (
     BOTH,
@@ -318,18 +318,11 @@ def test_spawned_process(backend, device):
 
 
 @pytest.fixture
-def one_process_group(tmp_path, device):
-    import torch.distributed as dist
-
+def one_process_group(device):
     if device != "cpu":
         pytest.skip("a gloo group of CPU tensors")
-    store = dist.FileStore(str(tmp_path / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    # A DDP model lies in a cycle. If it were the last to hold the group, a later collection would
-    # end the group's threads while it holds the interpreter, for which one of them may wait.
-    gc.collect()
-    dist.destroy_process_group()
+    with group_of_one():
+        yield
 
 
 @pytest.mark.row(41)

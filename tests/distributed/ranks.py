@@ -1,11 +1,14 @@
 """Process groups that outlive a test: starting processes takes seconds, a check milliseconds."""
 
+import contextlib
 import datetime
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 import traceback
+from unittest.mock import patch
 
 from tests.processes import CONTEXT
 
@@ -103,6 +106,27 @@ def _serve(rank, size, backend, pipe, meeting):
         except BaseException:
             answer = False, traceback.format_exc()
         pipe.send(answer)
+
+
+# Whoever drops the last reference to a gloo group joins its threads. A DDP model that is freed
+# after the group was left does so holding the interpreter, for which such a thread may wait: both
+# hang (pytorch#56297). A thread in a hook's callback would join itself, which ends the process. So
+# groups are kept.
+_KEPT = []
+
+
+@contextlib.contextmanager
+def group_of_one():
+    """A group whose only rank is this process."""
+    import torch.distributed as dist
+
+    with patch.object(sys, "excepthook", sys.excepthook):  # which torch wraps once for each group
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        _KEPT.append(dist.group.WORLD)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
 
 
 def raised(kind, call):

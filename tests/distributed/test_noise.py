@@ -7,8 +7,8 @@ import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from lars_fused.distributed import NoiseScale, overlap_with_backward
-from tests.contract.bad_situations import group_of_one
 from tests.distributed import networks as nets
+from tests.distributed.ranks import group_of_one
 
 pytestmark = pytest.mark.cpu
 

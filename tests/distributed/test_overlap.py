@@ -10,9 +10,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from lars_fused import LARS, WarmupPolynomialLR, clip_grad_norm_
 from lars_fused.distributed import overlap_with_backward
 from tests import internals
-from tests.contract.bad_situations import group_of_one
 from tests.distributed import networks as nets
-from tests.distributed.ranks import raised, same_bits
+from tests.distributed.ranks import group_of_one, raised, same_bits
 
 pytestmark = pytest.mark.cpu
 
