@@ -26,11 +26,11 @@ def path_of(fault: Fault) -> Path:
     return Path("tests", *folder, f"test_{file}.py")
 
 
-STEP, RULE, MEMORY, QUEUE, SUMS, L2, UPDATE, TUNING, RESIDENT, LAST = (
+STEP, RULE, MEMORY, QUEUE, SUMS, L2, UPDATE, TUNING, RESIDENT, LAST, FINISHER = (
     f"kernels/{n}.py"
     for n in (
         "lars_step", "lars_rule", "memory", "queue", "sums", "l2norm", "lars_update", "tuning",
-        "lars_resident", "last_chunk",
+        "lars_resident", "last_chunk", "finisher",
     )
 )  # fmt: skip
 ENGINE, STEPPED, STATE, TORCH_PART, PARTITION, CHK, PLAN, TABLES, POOL, PORTABLE, TENSORS = (
@@ -48,6 +48,7 @@ RATES, FUSED, SMALL, LARGE, DECAYED, RANKS, MEMBERS, CALLERS, QUEUE_STATE, WARNE
     )
 )  # fmt: skip
 TORCH_STEP = "lars_fused/_engine/torch_step.py"
+SCHEDULE = "lars_fused/_engine/launch_schedule.py"
 SGD_KERNEL = "lars_fused/_engine/sgd_kernel.py"
 REF, OPT, OPTIONS, CKPT, MONITOR = (
     f"lars_fused/{n}.py"
@@ -133,7 +134,7 @@ FAULTS = [
           "if options is self._options:",
           "if self._options:"),
     Fault("no fallback after a failed launch", "interpret", FALLBACK, STEPPED,
-          "return self._auto and untouched and not split",
+          "return self.terms.auto and untouched and not split",
           "return False"),
     Fault("version counters not raised", "interpret", "contract/training:version", STEPPED,
           "torch.autograd.graph.increment_version(self._written)", "pass"),
@@ -273,11 +274,25 @@ FAULTS = [
           "if waits_for_ratio(old_switches):", "if old_switches < 0:"),
     Fault("held: more than fits", "cpu", "kernels/resident:no_item_waits or ring_holds", TUNING,
           "slots(row, bytes_per_element) - 2", "slots(row, bytes_per_element) - 1"),
-    Fault("held: an answer is waited for before the update", "codegen",
-          "kernels/resident_codegen:sends_for", RESIDENT,
-          "        if (old_kind & _UPDATE) != 0:\n",
-          "        arrived = thread * 0 + gl.sum(gl.where(thread == 0, arrived, 0), 0)\n"
-          "        if (old_kind & _UPDATE) != 0:\n"),
+    Fault("held: a sum of the step before passes for one of this step", "ptx",
+          "kernels/resident:step_before", SUMS,
+          "return (epoch & 1).to(tl.int64) << 63", "return (epoch & 0).to(tl.int64) << 63"),
+    Fault("held: a tensor that no finisher takes", "ptx", "kernels/resident:same_bits_as", FINISHER,
+          "        at += stride\n", "        at += stride + 1\n"),
+    Fault("held: finishers beyond the end of their list", "ptx", "kernels/resident:same_bits_as",
+          SCHEDULE, "torch.zeros(finishers, dtype", "torch.zeros(finishers - 1, dtype"),
+    Fault("held: nobody finishes a tensor of two chunks", "cpu",
+          "kernels/resident:order_of_their_last", PLAN,
+          "NORM and self.counts[tensor] > 1:", "NORM and self.counts[tensor] > 2:"),
+    Fault("held: the whole device beside a backward pass", "cpu", "distributed/overlap:remove",
+          "lars_fused/distributed/overlap.py", "prepared.alone = not shared",
+          "prepared.alone = True"),
+    Fault("held: the whole device for one of several kernels", "ptx", "kernels/resident:beside",
+          TABLES, "alone and not halves", "not halves"),
+    Fault("held: for every list", "cpu", "kernels/resident:lists_that_were_faster", TUNING,
+          "in_rings >= LEAST_HELD * total and", "in_rings >= 0 and"),
+    Fault("held: for short lists too", "cpu", "kernels/resident:lists_that_were_faster", TUNING,
+          "total >= LEAST_FILLS * fill", "total >= 0 * fill"),
     Fault("plan: updates right behind their norms", "cpu", "bench/traffic:covers_the_waits", PLAN,
           "pending.append((i, tape.length + lag))", "pending.append((i, tape.length))"),
     Fault("plan: no update held back for the last waits", "cpu", "engine/plan:small_tensor_at_the",

@@ -78,11 +78,7 @@ def l2norm(
         store_triple(partials, first_slot + chunk, w2, g2, d2)
         if tl.atomic_add(arrivals + tensor, 1, sem="acq_rel") == chunks - 1:
             lane = tl.arange(0, LANES)
-            w2, g2, _g2 = sum_partials(
-                partials, lane, first_slot, chunks, W2, G2, D2, False, LANES, EMULATE_BF16
-            )
-            d2, _d2, _d2 = sum_partials(
-                partials, lane, first_slot, chunks, D2, D2, D2, False, LANES, EMULATE_BF16
-            )
+            w2, g2 = sum_partials(partials, lane, first_slot, chunks, W2, G2, LANES, EMULATE_BF16)
+            d2, _d2 = sum_partials(partials, lane, first_slot, chunks, D2, D2, LANES, EMULATE_BF16)
             store_triple(sums, tensor, w2, g2, d2)
             tl.store(arrivals + tensor, 0)

@@ -1,24 +1,31 @@
 """All layers' norms and updates in one launch, w and g held on chip between the two.
 
-    program      takes every P-th item of the list, of P programs: no tickets
+    finishers    the first FINISHERS programs: add up the sums of the others (`finisher.py`)
+    workers      all others: worker p takes items p, p + P, p + 2P, ..., of P workers: no tickets
     ring         SLOTS chunks of w and g in shared memory
-    step s       its item s is summed, item s - LAG is updated (LAG = SLOTS - 1), and item s + 2
-                 sent for, into the slot that item s + 1 - LAG has left for registers
+    step s       item s is summed, item s - LAG is updated (LAG = SLOTS - 1), and item s + 2 sent
+                 for, into the slot that item s + 1 - LAG has left for registers
 
 `lars_step.py` leaves w and g to the L2 cache between a tensor's norms and its updates. Here each
-program keeps its chunks in shared memory and updates them from there: DRAM sees read w, g, v and
+worker keeps its chunks in shared memory and updates them from there: DRAM sees read w, g, v and
 write w, v, 20 bytes a parameter in fp32, whatever the cache does. Of a tensor with more chunks than
-all programs hold, the first ones get NORM items, and UPDATE items that copy them a second time.
+all workers hold, the first ones get NORM items, and UPDATE items that copy them a second time.
+
+A worker waits for nothing but ratios: it leaves its sums where a finisher finds them, each under
+the tag of this launch, without a fence. What a step reads is sent for into L2 a step ahead of the
+copy or the load that takes it from there.
 
 Programs wait for one another with their rings full, so all of them must be resident: the launch is
-cooperative. It cannot deadlock: an item waits for nothing but a ratio, and every chunk of a tensor
-is summed in an earlier step than any of them is updated in (`_engine/plan.py`, order "resident"),
-so that the programs at the earliest step wait for nothing.
+cooperative. It cannot deadlock. Every chunk of a tensor is summed in an earlier step than any of
+them is updated in (`_engine/plan.py`, order "resident"), so a worker waits only for tensors whose
+last sum is of an earlier step than its own. Finishers take tensors in the order of their last sums,
+so the first tensor without a ratio has a finisher that waits for nothing but its sums, and no
+worker that has still to store one of them waits at all.
 
 A chunk that is not whole, or misaligned, does not enter the ring: it is read from memory twice.
 
 Written in Gluon, the language below Triton's, which has shared memory and asynchronous copies. Rule
-and sums are those of `lars_step.py`, with the same result to the bit.
+and sums are those of `lars_step.py`: the same result to the bit where chunks are of the same size.
 """
 
 from triton.experimental import gluon
@@ -26,6 +33,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from . import layout
+from .finisher import finish_sums, finish_tensors
 from .lars_rule import (
     apply_update,
     gradient_factor,
@@ -36,7 +44,6 @@ from .lars_rule import (
     update_tail,
     waits_for_ratio,
 )
-from .last_chunk import finish_tensor
 from .memory import chunk_span, narrow, pointer_to, widen
 from .queue import (
     TICKET_BITS,
@@ -51,11 +58,13 @@ from .ring import (
     load_old_row,
     load_row,
     load_rule,
+    prefetch_copy,
+    prefetch_momentum,
     square_sums,
     start_copy,
     take_out,
 )
-from .sums import store_triple
+from .sums import store_tagged, tag_of
 
 _NORM = gl.constexpr(layout.NORM)
 _UPDATE = gl.constexpr(layout.UPDATE)
@@ -72,14 +81,14 @@ _GROUP_WORDS = gl.constexpr(layout.GROUP_WORDS)
     ],
 )  # fmt: skip
 def lars_resident(
-    items,  # int64 [n_items]: the work; program p of P takes items p, p + P, p + 2P, ...
+    items,  # int64: n_items of work; an item of each tensor of several chunks; FINISHERS zeros
     tensors,  # int64 [n_tensors, TENSOR_WORDS]: addresses and sizes
     groups,  # float64 [n_groups, GROUP_WORDS]: hyper-parameters
     counter,  # int64 [1]: (epoch << 32) | programs started
     watch,  # int64 [2]: whether every launch began with no program started
-    arrivals,  # int32 [n_tensors]: chunks of the tensor summed so far, zero between launches
+    arrivals,  # not used: `lars_step.py` has the same arguments
     flags,  # int64 [n_tensors]: (epoch, ratio) as published
-    partials,  # float64 [n_slots, SUM_WORDS]
+    partials,  # float64 [n_slots, SUM_WORDS]: tagged (`sums.py`)
     sums,  # float64 [n_tensors, SUM_WORDS]: w², g², d², kept for layer_stats()
     ratios,  # float64 [n_tensors, RATIO_WORDS]: trust ratio and effective learning rate, likewise
     grad_scale,  # float32 [1]: gradients are divided by it
@@ -97,6 +106,7 @@ def lars_resident(
     V_ALIGN: gl.constexpr,
     COPY_ALIGN: gl.constexpr,
     SLOTS: gl.constexpr,
+    FINISHERS: gl.constexpr,
     EVICT: gl.constexpr,
     POLL_ATOMIC: gl.constexpr,
     BACKOFF: gl.constexpr,
@@ -126,18 +136,25 @@ def lars_resident(
     if program == programs - 1:
         gl.store(counter, (epoch + taken).to(gl.int64) << TICKET_BITS)
 
-    own = gl.where(taken, (n_items - program + programs - 1) // programs, 0)
+    if taken & (program < FINISHERS):
+        finish_tensors(
+            items + n_items, program, FINISHERS, gl.arange(0, LANES, layout=single), epoch,
+            tensors, groups, flags, partials, sums, ratios, CHUNK, LANES,
+        )  # fmt: skip
+    tag = tag_of(epoch)
+    worker, workers = program - FINISHERS, programs - FINISHERS
+    own = gl.where(taken & (worker >= 0), (n_items - worker + workers - 1) // workers, 0)
     steps = gl.where(own > 0, own + LAG, 0)
     step, slot = own * 0, own * 0 + 0
     # Words and rows of this step and of the next ones, of items to be summed and updated: what a
     # step loads of them has a whole step to arrive.
-    item = item_of(items, step, program, programs, own)
-    item_1 = item_of(items, step + 1, program, programs, own)
-    item_2 = item_of(items, step + 2, program, programs, own)
-    item_3 = item_of(items, step + 3, program, programs, own)
-    old = item_of(items, step - LAG, program, programs, own)
-    old_1 = item_of(items, step + 1 - LAG, program, programs, own)
-    old_2 = item_of(items, step + 2 - LAG, program, programs, own)
+    item = item_of(items, step, worker, workers, own)
+    item_1 = item_of(items, step + 1, worker, workers, own)
+    item_2 = item_of(items, step + 2, worker, workers, own)
+    item_3 = item_of(items, step + 3, worker, workers, own)
+    old = item_of(items, step - LAG, worker, workers, own)
+    old_1 = item_of(items, step + 1 - LAG, worker, workers, own)
+    old_2 = item_of(items, step + 2 - LAG, worker, workers, own)
     row = load_row(tensors, groups, item)
     row_1 = load_row(tensors, groups, item_1)
     row_2 = load_row(tensors, groups, item_2)
@@ -151,14 +168,13 @@ def lars_resident(
     while step < steps:
         old_kind, old_tensor, _, old_chunk = unpack_item(old)
         asked = ask(flags + old_tensor, POLL_ATOMIC)
+        prefetch_momentum(old_1, old_row_1, thread, CHUNK, V_DT)
+        prefetch_copy(item_2, row_2, thread, CHUNK, W_DT, G_DT)
         async_copy.wait_group(1)
         kind, tensor, group, chunk = unpack_item(item)
         w_address, g_address, numel, row_flags, first_slot, switches, decay = row
         norms = (kind & _NORM) != 0
         chunks = (numel + CHUNK - 1) // CHUNK
-        arrived = thread * 0
-        none = gl.to_tensor(0.0).to(gl.float64)
-        w2, g2, d2 = none, none, none
         if norms:
             start, count, whole = chunk_span(numel, row_flags, chunk, CHUNK, CHUNK)
             w2, g2, d2 = square_sums(
@@ -168,13 +184,10 @@ def lars_resident(
                 CHUNK, THREADS, VECTOR, W_DT, G_DT,
             )  # fmt: skip
             if chunks > 1:
-                store_triple(partials, first_slot + chunk, w2, g2, d2)
-            # acq_rel: releases this chunk's slot, and acquires all others for the last one. Each
-            # thread adds something else: ptxas would hand round the answer to equal ones at once.
-            arrived = gl.atomic_add(
-                arrivals + tensor + thread * 0, thread + 1, mask=(thread == 0) & (chunks > 1),
-                sem="acq_rel",
-            )  # fmt: skip
+                store_tagged(partials, first_slot + chunk, w2, g2, d2, tag, thread)
+            else:
+                options = groups + group * _GROUP_WORDS
+                finish_sums(tensor, w2, g2, d2, options, switches, epoch, flags, sums, ratios)
 
         if (old_kind & _UPDATE) != 0:
             old_w, old_g, old_v, old_numel, old_flags = old_row
@@ -217,9 +230,9 @@ def lars_resident(
                 )  # fmt: skip
 
         row_3 = load_row(tensors, groups, item_3)
-        item_4 = item_of(items, step + 4, program, programs, own)
+        item_4 = item_of(items, step + 4, worker, workers, own)
         old_row_2 = load_old_row(tensors, old_2)
-        old_3 = item_of(items, step + 3 - LAG, program, programs, own)
+        old_3 = item_of(items, step + 3 - LAG, worker, workers, own)
         # The oldest chunk leaves the ring, its momentum is sent for; into its place goes another.
         slot_2 = gl.where(slot_1 == SLOTS - 1, 0, slot_1 + 1)
         rule_2 = load_rule(groups, old_2)
@@ -228,15 +241,6 @@ def lars_resident(
         )
         start_copy(w_ring, g_ring, slot_2, item_2, row_2, lane, CHUNK, W_DT, G_DT, W_ALIGN, G_ALIGN)
 
-        # The answer of the arrival, which nothing has waited for so far.
-        if norms:
-            before = gl.sum(gl.where(thread == 0, arrived, 0), 0)
-            if (chunks == 1) | (before == chunks - 1):
-                finish_tensor(
-                    gl.arange(0, LANES, layout=single), tensor, chunks, first_slot, w2, g2, d2,
-                    groups + group * _GROUP_WORDS, switches, epoch, True,
-                    arrivals, flags, partials, sums, ratios, True, LANES, False,
-                )  # fmt: skip
         item, item_1, item_2, item_3 = item_1, item_2, item_3, item_4
         old, old_1, old_2 = old_1, old_2, old_3
         row, row_1, row_2 = row_1, row_2, row_3

@@ -155,7 +155,7 @@ def lars_step(
                 ratio = finish_tensor(
                     tl.arange(0, LANES), tensor, chunks, first_slot, w2, g2, d2, options, switches,
                     epoch, kind == _NORM, arrivals, flags, partials, sums, ratios,
-                    False, LANES, EMULATE_BF16,
+                    LANES, EMULATE_BF16,
                 )  # fmt: skip
 
         if (kind & _UPDATE) != 0:

@@ -22,12 +22,12 @@ from .sums import D2, G2, W2, store_triple, sum_partials
 def finish_tensor(
     lane, tensor, chunks, first_slot, w2, g2, d2, options, switches, epoch, published,
     arrivals, flags, partials, sums, ratios,
-    AT_ONCE: tl.constexpr, LANES: tl.constexpr, EMULATE_BF16: tl.constexpr,
+    LANES: tl.constexpr, EMULATE_BF16: tl.constexpr,
 ):  # fmt: skip
     """The trust ratio of a tensor, from its only chunk's sums or from its slots.
 
     `lane`: 0 to LANES - 1. `published`: whether other programs wait for the ratio. It needs two
-    sums; the third is for layer_stats() alone. AT_ONCE: there are registers for all three.
+    sums; the third is for layer_stats() alone.
     """
     decayed = uses_decayed_norm(switches)
     loaded = ratio_options(options)
@@ -35,11 +35,8 @@ def finish_tensor(
     used = G2 + (D2 - G2) * decayed.to(tl.int64)
     rest = G2 + D2 - used
     norm2 = tl.where(decayed, d2, g2)
-    third = norm2
     if chunks > 1:
-        w2, norm2, third = sum_partials(
-            partials, lane, first_slot, chunks, W2, used, rest, AT_ONCE, LANES, EMULATE_BF16
-        )
+        w2, norm2 = sum_partials(partials, lane, first_slot, chunks, W2, used, LANES, EMULATE_BF16)
     lr = learning_rate(rate, switches)
     ratio = as_published(trust_ratio(w2, norm2, loaded, switches, lr))
     if published:
@@ -48,11 +45,9 @@ def finish_tensor(
         tl.store(arrivals + tensor, 0)
     rest2 = tl.where(decayed, g2, d2)
     if chunks > 1:
-        rest2 = third
-        if not AT_ONCE:
-            rest2, _rest, _rest = sum_partials(
-                partials, lane, first_slot, chunks, rest, rest, rest, False, LANES, EMULATE_BF16
-            )
+        rest2, _rest = sum_partials(
+            partials, lane, first_slot, chunks, rest, rest, LANES, EMULATE_BF16
+        )
     g2, d2 = tl.where(decayed, rest2, norm2), tl.where(decayed, norm2, rest2)
     store_triple(sums, tensor, w2, g2, d2)
     store_stats(ratios, tensor, ratio, lr)

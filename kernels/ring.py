@@ -1,6 +1,7 @@
 """What a program of `lars_resident` does with one item; it holds w and g in shared memory.
 
     item_of, load_row, load_old_row, load_rule    the words and rows of an item: sent for in time
+    prefetch_copy, prefetch_momentum              DRAM → L2, a step before
     start_copy                                    memory → ring, asynchronously
     square_sums                                   ring → sums of squares
     take_out                                      ring → registers
@@ -152,3 +153,46 @@ def square_sums(
         in_plain_units(g_sum, g_unit),
         in_plain_units(d_sum, d_unit),
     )
+
+
+@gluon.jit
+def _prefetch(address, at, there, thread, CHUNK: gl.constexpr, DTYPE: gl.constexpr):
+    """Send for a chunk, from element `at` on, into L2: one instruction of one thread.
+
+    The data comes from DRAM while the program is at another step, whether or not the ring has room
+    for it; the copy or the load that follows a step later finds it near.
+    """
+    BYTES: gl.constexpr = DTYPE.primitive_bitwidth // 8
+    sends = there & (thread == 0)
+    gl.inline_asm_elementwise(
+        """{
+        .reg .pred sends;
+        setp.ne.s32 sends, $3, 0;
+        @sends cp.async.bulk.prefetch.L2.global [$1], $2;
+        mov.b32 $0, 0;
+        }""",
+        "=r,l,r,r",
+        [address + at * BYTES + thread * 0, thread * 0 + CHUNK * BYTES, sends.to(gl.int32)],
+        gl.int32, False, 1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def prefetch_copy(item, row, thread, CHUNK: gl.constexpr, W_DT: gl.constexpr, G_DT: gl.constexpr):
+    """Prefetch the w and g that `start_copy` will send for."""
+    w_address, g_address, numel, row_flags, _, _, _ = row
+    kind, _, _, chunk = unpack_item(item)
+    start, _, whole = chunk_span(numel, row_flags, chunk, CHUNK, CHUNK)
+    there = (kind != 0) & (whole > 0)
+    _prefetch(w_address, start, there, thread, CHUNK, W_DT)
+    _prefetch(g_address, start, there, thread, CHUNK, G_DT)
+
+
+@gluon.jit
+def prefetch_momentum(item, row, thread, CHUNK: gl.constexpr, V_DT: gl.constexpr):
+    """Prefetch the momentum that `take_out` will load."""
+    _, _, v_address, numel, row_flags = row
+    kind, _, _, chunk = unpack_item(item)
+    start, _, whole = chunk_span(numel, row_flags, chunk, CHUNK, CHUNK)
+    there = ((kind & _UPDATE) != 0) & (whole > 0) & (v_address != 0)
+    _prefetch(v_address, start, there, thread, CHUNK, V_DT)

@@ -2,7 +2,8 @@
 
     chunk      fp32 lane sums -> one fp32 number each for w², (s·g)², d²; again, rescaled, if a
                square left fp32's range
-    tensor     the chunks' slots in fixed order, in float64
+    tensor     the chunks' slots in fixed order, in float64: by the last program to arrive
+               (`sum_partials`), or by one that waits for each slot (`sum_tagged`)
 
 Bytes a parameter in fp32: 8 read.
 """
@@ -239,13 +240,69 @@ def store_triple(table, row, w2, g2, d2):
 
 
 @triton.jit
-def sum_partials(
-    partials, lane, first_slot, chunks, one, other, third,
-    THIRD: tl.constexpr, LANES: tl.constexpr, EMULATE_BF16: tl.constexpr,
-):  # fmt: skip
-    """Sums over a tensor's slots of two of their words, W2, G2 or D2 (`layout.py`), or of three.
+def tag_of(epoch):
+    """The sign that this launch's partial sums carry, and those of the launch before do not."""
+    return (epoch & 1).to(tl.int64) << 63
 
-    `lane`: 0 to LANES - 1, in the layout in which they are added. Without THIRD the third sum is 0.
+
+@triton.jit
+def store_tagged(partials, slot, w2, g2, d2, tag, thread):
+    """Put a chunk's sums into its slot, each under this launch's tag.
+
+    So a reader knows each word for new or old by itself, and the writer needs no fence, which would
+    wait for all of its loads and stores. Sums of squares have no sign of their own. Every launch
+    that is not skipped stores each slot once, and a slot that nobody has stored is old for epoch 1.
+    `thread`: 0 to THREADS - 1; the first three store a word each.
+    """
+    sums = tl.where(thread == W2, w2, tl.where(thread == G2, g2, d2))
+    at = partials.to(tl.pointer_type(tl.int64)) + SUM_WORDS * slot + thread
+    words = sums.to(tl.int64, bitcast=True) ^ tag
+    tl.atomic_xchg(at, words, mask=thread < SUM_WORDS, sem="relaxed")
+
+
+@triton.jit
+def _load_tagged(partials, slot, there, tag):
+    """Three words of each slot, without the tag: negative where this launch has not stored it."""
+    at = partials.to(tl.pointer_type(tl.int64)) + SUM_WORDS * slot
+    w2 = tl.load(at + W2, mask=there, other=0, volatile=True)
+    g2 = tl.load(at + G2, mask=there, other=0, volatile=True)
+    d2 = tl.load(at + D2, mask=there, other=0, volatile=True)
+    w2, g2, d2 = w2 ^ tag, g2 ^ tag, d2 ^ tag
+    return tl.where(there, w2, 0), tl.where(there, g2, 0), tl.where(there, d2, 0)
+
+
+@triton.jit
+def sum_tagged(partials, lane, first_slot, chunks, tag, LANES: tl.constexpr):
+    """`sum_partials` of w², (s·g)² and d² while other programs store them: waits for every slot.
+
+    In the same order, with the same result. Slots are stored about in order, so that all but the
+    last turn are added before the last chunk is summed.
+    """
+    a = (lane * 0).to(tl.float64)
+    b = (lane * 0).to(tl.float64)
+    c = (lane * 0).to(tl.float64)
+    added = chunks * 0
+    while added < chunks:
+        there = added + lane < chunks
+        at = first_slot + added + lane
+        w2, g2, d2 = _load_tagged(partials, at, there, tag)
+        while tl.sum(((w2 | g2 | d2) < 0).to(tl.int32)) != 0:
+            w2, g2, d2 = _load_tagged(partials, at, there, tag)
+        a += w2.to(tl.float64, bitcast=True)
+        b += g2.to(tl.float64, bitcast=True)
+        c += d2.to(tl.float64, bitcast=True)
+        added += LANES
+    return tl.reduce((a, b, c), 0, _add3)
+
+
+@triton.jit
+def sum_partials(
+    partials, lane, first_slot, chunks, one, other, LANES: tl.constexpr,
+    EMULATE_BF16: tl.constexpr,
+):  # fmt: skip
+    """Sums over a tensor's slots of two of their words, W2, G2 or D2 (`layout.py`).
+
+    `lane`: 0 to LANES - 1, in the layout in which they are added.
 
     Always in the same order: the result is bitwise repeatable. Several turns at once, so that their
     loads are in flight together, as far as registers allow. `.cg` reads past L1, which may hold the
@@ -253,7 +310,6 @@ def sum_partials(
     """
     a = (lane * 0).to(tl.float64)
     b = (lane * 0).to(tl.float64)
-    c = (lane * 0).to(tl.float64)
     done = chunks * 0
     while done < chunks:
         for turn in tl.static_range(PARTIAL_TURNS):
@@ -262,12 +318,7 @@ def sum_partials(
             at = partials + SUM_WORDS * (first_slot + slot)
             a += tl.load(at + one, mask=mask, other=0.0, cache_modifier=".cg")
             b += tl.load(at + other, mask=mask, other=0.0, cache_modifier=".cg")
-            if THIRD:
-                c += tl.load(at + third, mask=mask, other=0.0, cache_modifier=".cg")
         done += PARTIAL_TURNS * LANES
     if EMULATE_BF16:
-        return tl.sum(a), tl.sum(b), tl.sum(c)
-    if THIRD:
-        return tl.reduce((a, b, c), 0, _add3)
-    a, b = tl.reduce((a, b), 0, _add2)
-    return a, b, b * 0
+        return tl.sum(a), tl.sum(b)
+    return tl.reduce((a, b), 0, _add2)

@@ -1,5 +1,6 @@
 """Launch constants, one row an architecture, each with the record that chose it."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -32,6 +33,8 @@ class Row(NamedTuple):
     evict: str
     """Eviction policy of that second read, and of what the update writes. The momentum is read
     without one: its lines are written a moment later, and a hint cost 2 % of large tensors."""
+    finishers: int
+    """Programs of `lars_resident` that add up the sums of the others, and do nothing else."""
     ring: int
     """Bytes of shared memory in which a program of `lars_resident` holds chunks of w and g."""
     poll_atomic: bool
@@ -63,9 +66,9 @@ WINDOW_SHARE = 0.47
 
 _SM = Row(
     chunk=4096, block=2048, threads=128, lanes=128, num_warps=4, programs=4,
-    order="ahead", lag=1.0, window=None, hold="evict_last", evict="evict_first", ring=0,
-    poll_atomic=False, backoff=200, launches=1, step_registers=106, mixed_registers=102,
-    update_registers=64,
+    order="ahead", lag=1.0, window=None, hold="evict_last", evict="evict_first",
+    finishers=0, ring=0, poll_atomic=False, backoff=200,
+    launches=1, step_registers=106, mixed_registers=102, update_registers=64,
     record=_MEASURED,
 )  # fmt: skip
 
@@ -83,7 +86,7 @@ ROWS = {
     # Spinning in a loop has known compiler bugs on AMD (README, "Two launches").
     "gfx": Row(
         chunk=4096, block=2048, threads=256, lanes=128, num_warps=4, programs=4,
-        order="grouped", lag=1.0, window=None, hold="", evict="", ring=0,
+        order="grouped", lag=1.0, window=None, hold="", evict="", finishers=0, ring=0,
         poll_atomic=True, backoff=0, launches=2, step_registers=None, mixed_registers=None,
         update_registers=None,
         record=_PREDICTED,
@@ -91,21 +94,27 @@ ROWS = {
     # The interpreter's cost is per operation: few, large blocks. Three programs: more than one.
     "interpreter": Row(
         chunk=8192, block=4096, threads=1024, lanes=256, num_warps=4, programs=3,
-        order="ahead", lag=1.0, window=1_000_000, hold="", evict="", ring=0,
+        order="ahead", lag=1.0, window=1_000_000, hold="", evict="", finishers=0, ring=0,
         poll_atomic=False, backoff=0, launches=1, step_registers=None, mixed_registers=None,
         update_registers=None,
         record="test time on a CPU",
     ),
 }  # fmt: skip
 
-# Rows that wait to be measured: `python -m bench tune` times them before all others, beside the row
-# that is launched. Two programs fill a multiprocessor's shared memory: 228 KB, and 1 KB of it goes
-# to each program.
-CANDIDATES = {
+# Rows of `lars_resident`, where there is one: for lists that suit it (`suits_rings`). Two programs
+# fill a multiprocessor's shared memory: 228 KB, of which 1 KB goes to each program.
+RESIDENT_ROWS = {
     "sm_9": _SM._replace(
-        chunk=2048, programs=2, order="resident", ring=7 << 14, record=_PREDICTED,
+        chunk=2048, programs=2, order="resident", finishers=4, ring=7 << 14,
+        record="bench/results/tuning/resident.csv (one H200)",
     ),
 }  # fmt: skip
+
+# What a list must be for `lars_resident` to be faster than `lars_step` (one H200,
+# bench/results/tuning/lists.csv): rings that hold at least this share of its elements,
+# and are filled this many times.
+LEAST_HELD = 0.5
+LEAST_FILLS = 2
 
 
 def compile_options(kernel: str, row: Row, mixed: bool) -> dict[str, int | bool]:
@@ -130,15 +139,28 @@ def slots(row: Row, bytes_per_element: int) -> int:
 def held_steps(row: Row, bytes_per_element: int) -> int:
     """Steps over which the chunks of one tensor may be summed, so that all can be held.
 
-    A program's chunk is updated `slots` - 1 steps after it was summed, and by then the whole tensor
+    A worker's chunk is updated `slots` - 1 steps after it was summed, and by then the whole tensor
     must have been summed in steps before that one.
     """
     return max(0, slots(row, bytes_per_element) - 2)
 
 
-def candidate_for(architecture: str) -> Row | None:
-    """The row of an architecture that waits to be measured, if there is one."""
-    return _longest_prefix(CANDIDATES, architecture)
+def suits_rings(numels: Sequence[int], row: Row, workers: int, bytes_per_element: int) -> bool:
+    """Whether a list of tensors is faster with `lars_resident`, on a device with so many workers.
+
+    Not where most of it lies in tensors that rings cannot hold, which are read twice by either
+    kernel, nor where it is short: rings are filled and emptied once more than they are used.
+    """
+    held = workers * held_steps(row, bytes_per_element) * row.chunk
+    fill = workers * (slots(row, bytes_per_element) - 1) * row.chunk
+    total = sum(numels)
+    in_rings = sum(min(n, held) for n in numels)
+    return in_rings >= LEAST_HELD * total and total >= LEAST_FILLS * fill
+
+
+def resident_row_for(architecture: str) -> Row | None:
+    """The row of `lars_resident` of an architecture, if it has one."""
+    return _longest_prefix(RESIDENT_ROWS, architecture)
 
 
 def row_for(architecture: str) -> Row:

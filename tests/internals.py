@@ -193,11 +193,14 @@ def single_chunk(tables: LaunchTables, item: int) -> None:
     replace_items(tables, torch.tensor([item]))
 
 
-def replace_items(tables: LaunchTables, items: Tensor) -> None:
-    """Let a launch do these work items."""
-    tables.arguments = tables.arguments._replace(items=items, n_items=items.numel())
+def replace_items(
+    tables: LaunchTables, items: Tensor, n_items: int | None = None, programs: int = 1
+) -> None:
+    """Let a launch do these work items: all of them, or so many of those in the list."""
+    n_items = items.numel() if n_items is None else n_items
+    tables.arguments = tables.arguments._replace(items=items, n_items=n_items)
     tables.norm_items = tables.update_items = items
-    tables.programs = 1
+    tables.programs = programs
 
 
 def compiled_kernels() -> set[Any]:

@@ -217,7 +217,10 @@ class Engine:
                 [options[row] for row in row_of], self.settings, untaken, label,
             )  # fmt: skip
             pool = self._graphs if self.settings.capturable else None
-            step = PreparedStep(made, grads, row_of, options, self.settings.backend, label, pool)
+            step = PreparedStep(
+                made, grads, row_of, options, self.settings.backend, label, pool,
+                alone=self.prepared.alone,
+            )  # fmt: skip
         if not self._compared and (split := step.split_over()):
             for group, ids in split:
                 rank_check.compare(groups, group, ids)

@@ -30,6 +30,8 @@ class PreparedSteps(dict[Pattern, Ready]):
 
     room = 8
     """How many are kept."""
+    alone = True
+    """Whether nothing runs on the device beside a step, so that a launch may take all of it."""
     taken = 0
     """How many steps they took, or parts of steps; those too that only the device skipped."""
 

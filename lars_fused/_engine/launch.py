@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Literal, NamedTuple, Protocol, TypeAlias
 
@@ -187,19 +188,55 @@ class Target(NamedTuple):
     kernel: KernelName
     """Which one does a step in one launch."""
 
+    @property
+    def workers(self) -> int:
+        """Programs that take items."""
+        return self.programs - self.row.finishers
+
 
 def target(device: torch.device) -> Target:
     """The launch constants of a device, and what follows from its size."""
-    name, multiprocessors, l2_bytes = architecture(device)
-    row = tuning.row_for(name)
+    return _target(device, tuning.row_for(architecture(device)[0]))
+
+
+def resident_target(device: torch.device) -> Target | None:
+    """Those of `lars_resident`, where the device has a row for it."""
+    row = tuning.resident_row_for(architecture(device)[0])
+    return _target(device, row) if row is not None and _has_resident() else None
+
+
+@functools.cache
+def _has_resident() -> bool:
+    """Whether `lars_resident` can be imported. Gluon is experimental: a release may change it."""
+    try:
+        function("lars_resident")
+    except Exception as error:  # a changed interface fails in many ways
+        warnings.warn(
+            "LARS: the kernel for long lists cannot be imported "
+            f"({type(error).__name__}: {error}); they take lars_step, which is slower; "
+            "LARS_FUSED_KERNEL=lars_step selects it without this warning",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+def _target(device: torch.device, row: tuning.Row) -> Target:
+    _, multiprocessors, l2_bytes = architecture(device)
     window = int(l2_bytes * tuning.WINDOW_SHARE) if row.window is None else row.window
     kernel: KernelName = "lars_resident" if row.order == "resident" else "lars_step"
     return Target(row, multiprocessors * row.programs, window, kernel)
 
 
+def suits_rings(target: Target, dtypes: Dtypes, numels: Sequence[int]) -> bool:
+    """Whether a list of tensors is faster with `lars_resident`, of which `target` is."""
+    return tuning.suits_rings(numels, target.row, target.workers, bytes_per_element(dtypes))
+
+
 def held_chunks(target: Target, dtypes: Dtypes) -> int:
-    """Chunks of one tensor that all programs of `lars_resident` hold until its ratio is there."""
-    return target.programs * tuning.held_steps(target.row, bytes_per_element(dtypes))
+    """Chunks of one tensor that all workers of `lars_resident` hold until its ratio is there."""
+    return target.workers * tuning.held_steps(target.row, bytes_per_element(dtypes))
 
 
 def alignments(dtypes: Dtypes) -> dict[str, int]:
@@ -238,6 +275,7 @@ def constants(
         "BLOCK": row.block,
         "THREADS": row.threads,
         "LANES": row.lanes,
+        "FINISHERS": row.finishers,
         "SLOTS": tuning.slots(row, bytes_per_element(dtypes)),
         "W_DT": types[dtypes.w],
         "G_DT": None if dtypes.g is None else types[dtypes.g],
@@ -272,7 +310,15 @@ def run(
         else:
             consts = constants(dtypes, row, name, False)
             options = tuning.compile_options(name, row, is_mixed(dtypes))
-            compiled = kernel[(grid,)](*args, **consts, **options)
+            try:
+                compiled = kernel[(grid,)](*args, **consts, **options)
+            except RuntimeError as error:
+                if "cooperative" not in str(error):
+                    raise
+                raise RuntimeError(
+                    f"{error}: {name} needs all of the GPU's multiprocessors for its {grid} "
+                    "programs; where they are shared out (MPS), set LARS_FUSED_KERNEL=lars_step"
+                ) from error
             _COMPILED[key] = compiled, tuple(consts.values())
 
 

@@ -123,6 +123,7 @@ class LaunchTables:
         *,
         staged: bool = False,
         halves: bool = False,
+        alone: bool = True,
     ):
         """Make every table, so that no step has to.
 
@@ -132,9 +133,10 @@ class LaunchTables:
             contents: the tensors.
             staged: for a step under graph capture, which may not allocate pinned memory.
             halves: `norms` and `update` will be called separately, whatever the architecture.
+            alone: whether nothing runs on the device beside a launch.
         """
         self.device = device
-        self.schedule = schedule(device, dtypes, contents)
+        self.schedule = schedule(device, dtypes, contents, alone and not halves)
         plan = self.schedule.plan
         self._launches = _launches(self.schedule.target.row.launches)
         self._stream: torch.cuda.Stream | None = None
@@ -145,13 +147,13 @@ class LaunchTables:
             torch.zeros(1, dtype=torch.float32, device=device),
         )
         self.programs = self.schedule.programs
-        items, memory = on_device(plan.items, device), self.memory
+        items, memory = on_device(self.schedule.items(), device), self.memory
         one, zero = self._unscaled
         self.arguments = launch.StepArguments(
             items=items, tensors=self.rows.tensors, groups=self.rows.groups,
             counter=memory.counter, watch=memory.watch, arrivals=memory.arrivals,
             flags=memory.flags, partials=memory.partials, sums=memory.sums, ratios=memory.ratios,
-            grad_scale=one, found_inf=zero, n_items=items.numel(),
+            grad_scale=one, found_inf=zero, n_items=plan.items.numel(),
         )  # fmt: skip
         """Of one launch, unless there is a loss scale or a flag."""
         self.norm_items = self.update_items = items[:0]

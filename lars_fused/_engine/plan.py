@@ -61,13 +61,15 @@ class Plan:
 
     ``items``: int64 words in ticket order. ``slots``: for each tensor of several chunks the
     index of its first chunk's partial sums; -1 for every other tensor.
-    ``n_slots``: how many partial sums there are in all.
+    ``n_slots``: how many partial sums there are in all. ``finishes``: an item of each tensor of
+    several chunks, in the order of their norms, which `resident` does tensor after tensor.
     """
 
     items: torch.Tensor
     slots: tuple[int, ...]
     n_slots: int
     n_tensors: int
+    finishes: torch.Tensor
 
 
 def chunk_count(numel: int, chunk: int) -> int:
@@ -119,7 +121,7 @@ def make_plan(
     else:
         _ahead(tape, sorted(-i for _, i in multi), lag)
     tape.fill(sum(counts))
-    return Plan(tape.items(), tuple(slots), n_slots, len(numels))
+    return Plan(tape.items(), tuple(slots), n_slots, len(numels), tape.finishes())
 
 
 def _ahead(tape: _Tape, tensors: list[int], lag: int) -> None:
@@ -201,6 +203,15 @@ class _Tape:
         while lack > 0 and self.fillers:
             lack -= self.counts[self.fillers[0]]
             self.add(BOTH, self.fillers.popleft())
+
+    def finishes(self) -> torch.Tensor:
+        """An item of each tensor of several chunks, in the order of their norms."""
+        words = {}
+        for word, _, _, _ in self.runs:
+            kind, tensor, _ = unpack_item(word)
+            if kind & NORM and self.counts[tensor] > 1:
+                words[tensor] = word
+        return torch.tensor(list(words.values()), dtype=torch.int64, device="cpu")
 
     def items(self) -> torch.Tensor:
         if not self.runs:

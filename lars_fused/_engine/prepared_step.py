@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -42,6 +43,17 @@ class _KernelPart:
     tables: LaunchTables
 
 
+class Terms(NamedTuple):
+    """On what terms a list of tensors is stepped."""
+
+    caller: str
+    """Whom messages that name no parameter speak for."""
+    auto: bool
+    """Whether torch operations may stand in for a launch that fails."""
+    alone: bool
+    """Whether nothing runs on the device beside a step, so that a launch may take all of it."""
+
+
 class PreparedStep:
     """One list of tensors, checked and split between kernel launches and torch operations."""
 
@@ -55,6 +67,7 @@ class PreparedStep:
         label: Label,
         pool: GraphPool | None = None,
         caller: str = "LARS",
+        alone: bool = True,
     ):
         """Partition the work and make its tables; nothing is written.
 
@@ -67,12 +80,13 @@ class PreparedStep:
             label: prefix of a message about the i-th parameter.
             pool: the optimizer's, if its steps may be captured into CUDA graphs.
             caller: whom messages that name no parameter speak for.
+            alone: whether nothing runs on the device beside a step.
 
         Raises:
             RuntimeError: with backend="triton", for a tensor that the kernels do not support.
         """
-        self.state, self._groups, self._pool, self._caller = state, groups, pool, caller
-        self._auto = backend == "auto"
+        self.state, self._groups, self._pool = state, groups, pool
+        self.terms = Terms(caller, backend == "auto", alone)
         self._plan_facts = plan_facts(options)
         tensors = state.tensors(grads)
         self._basis = basis(tensors)
@@ -178,7 +192,7 @@ class PreparedStep:
                 self._reserve(self._pool, options)
             return parts
         if self._pool is None:
-            graph_pool.refuse(False, self._caller)
+            graph_pool.refuse(False, self.terms.caller)
         tables = self._pool.take(self, tensors)
         return [
             replace(part, tables=own) for part, own in zip(self._kernel_parts, tables, strict=True)
@@ -208,7 +222,9 @@ class PreparedStep:
             tuple(fresh[i] for i in index),
             len(options),
         )
-        return LaunchTables(*key, contents, staged=staged, halves=self._shards.among(index))
+        return LaunchTables(
+            *key, contents, staged=staged, halves=self._shards.among(index), alone=self.terms.alone
+        )
 
     def _launch(
         self, part: _KernelPart, tensors: StepTensors, options: Sequence[Options], scaling: Scaling
@@ -229,7 +245,7 @@ class PreparedStep:
                 if not self._may_retry(tables, split):
                     raise
                 if replicas.exist():
-                    raise replicas.refusal(self._caller, error) from error
+                    raise replicas.refusal(self.terms.caller, error) from error
                 self._fall_back(part, tensors, options, error)
                 return False
         return True
@@ -237,14 +253,14 @@ class PreparedStep:
     def _may_retry(self, tables: LaunchTables, split: bool) -> bool:
         """Whether a failed launch did nothing, and "auto" may find another way."""
         untouched = tables.recover()
-        return self._auto and untouched and not split and not tables.captured()
+        return self.terms.auto and untouched and not split and not tables.captured()
 
     def _fall_back(
         self, part: _KernelPart, tensors: StepTensors, options: Sequence[Options], error: Exception
     ) -> None:
         """Hand the tensors of a failed launch to torch operations, from this step on."""
         reason = f"the kernel could not be launched ({type(error).__name__}: {error})"
-        fallback.warn_once(self._caller, reason)
+        fallback.warn_once(self.terms.caller, reason)
         begun = part.tables.steps_taken() > 0
         fresh = [first and not begun for first in self.state.fresh]
         reasons = dict.fromkeys(part.index, reason)

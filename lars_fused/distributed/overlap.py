@@ -38,7 +38,10 @@ def overlap_with_backward(
     that gradients were not modified after `backward()`, and runs the hooks that schedulers rely on.
     The weights are bitwise those of the plain step. (If the number of ranks is not a power of two,
     this requires that DDP multiplies by its inverse; DDP divides instead when
-    `gradient_as_bucket_view=True` is combined with `zero_grad(set_to_none=False)`.)
+    `gradient_as_bucket_view=True` is combined with `zero_grad(set_to_none=False)`. On sm_90 plain
+    steps of long lists take the kernel lars_resident, which needs the GPU for itself, and those
+    within a backward pass lars_step: the same up to rounding, and bitwise if
+    LARS_FUSED_KERNEL=lars_step is set for the plain steps.)
 
     Learning-rate schedules, accumulation under `no_sync()` (the last micro-batch takes the step),
     `static_graph=True`, `gradient_as_bucket_view=True` and `layer_stats()` work. The first step is
@@ -144,8 +147,9 @@ class Overlap:
         self._scale: Tensor | None = None
         register_hook("overlap_with_backward", model, self._hook)
         optimizer._overlap = self
-        parts = sum(len(group["params"]) for group in optimizer.param_groups)
-        optimizer._engine.prepared.room += parts
+        prepared = optimizer._engine.prepared
+        prepared.room += sum(len(group["params"]) for group in optimizer.param_groups)
+        self._share_the_device(True)
 
     def remove(self) -> None:
         """Return to plain steps by `step()`. DDP keeps the hook, which then only averages.
@@ -154,6 +158,13 @@ class Overlap:
         """
         if self._optimizer._overlap is self:
             self._optimizer._overlap = None
+            self._share_the_device(False)
+
+    def _share_the_device(self, shared: bool) -> None:
+        """Whether steps run beside the backward pass and its collectives; prepares them anew."""
+        prepared = self._optimizer._engine.prepared
+        prepared.alone = not shared
+        prepared.clear()
 
     # ------------------------------------------------------------- in the backward pass
 

@@ -23,6 +23,7 @@ from lars_fused._engine import (
     fallback,
     graph_pool,
     launch,
+    launch_schedule,
     launch_tables,
     plan,
     queue_state,
@@ -270,6 +271,54 @@ def three_launches() -> None:
         launch_tables._launches(1)
 
 
+def scheduled_for(kernel: str, architecture: str) -> Call:
+    contents = launch_schedule.Contents((8,), (True,), (0,), (False,), 1)
+    fp32 = launch.Dtypes(torch.float32, torch.float32, torch.float32)
+
+    def call() -> None:
+        with (
+            patch.dict(os.environ, {"LARS_FUSED_KERNEL": kernel}),
+            patch.object(launch, "architecture", return_value=(architecture, 108, 40 << 20)),
+        ):
+            launch_schedule.schedule(torch.device("cpu"), fp32, contents)
+
+    return call
+
+
+@contextlib.contextmanager
+def of_an_h200(function: Callable[[str], Any]) -> Iterator[None]:
+    """Where `launch.function` is this one and CPU tensors pass for those of an H200."""
+    launch._has_resident.cache_clear()
+    with (
+        patch.object(launch, "architecture", return_value=("sm_90", 132, 60 << 20)),
+        patch.object(launch, "function", function),
+    ):
+        yield
+    launch._has_resident.cache_clear()
+
+
+def without_gluon() -> None:
+    def function(name: str) -> None:
+        raise ImportError("cannot import name 'async_copy'")
+
+    with of_an_h200(function):
+        launch.resident_target(torch.device("cpu"))
+
+
+def shared_out() -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Triton Error [CUDA]: too many blocks in cooperative launch")
+
+    dtypes = launch.Dtypes(torch.float32, torch.float32, torch.float32)
+    with (
+        of_an_h200(lambda name: {(264,): refused}),
+        patch.object(launch, "constants", return_value={}),
+        patch.object(torch.cuda, "device", contextlib.nullcontext),
+    ):
+        row = launch.tuning.RESIDENT_ROWS["sm_9"]
+        launch.run("lars_resident", 264, (), dtypes, row, torch.device("cuda", 0))
+
+
 def lost_work() -> None:
     """The third launch saw that the second had begun behind the queue's start."""
     counter, watch = torch.tensor([4 * queue_state.START]), torch.tensor([3, 2])
@@ -305,6 +354,9 @@ REFUSALS: dict[str, Call] = {
     ),
     "LARS: a launch that began in the middle of the queue": lost_work,
     "LARS: a launch that fails on one of several ranks": failing_on_one_rank,
+    "LARS: `lars_resident` on a part of a GPU": shared_out,
+    "LARS_FUSED_KERNEL: no kernel": scheduled_for("resident", "sm_90"),
+    "LARS_FUSED_KERNEL: one that the GPU does not have": scheduled_for("lars_resident", "sm_80"),
     "LARS_FUSED_LAUNCHES: neither 1 nor 2": three_launches,
     'LARS: `backend="triton"`, float64': lambda: forced(parameter(MATRIX.double())),
     'LARS: `backend="triton"`, a gradient of other strides': lambda: forced(
@@ -411,6 +463,7 @@ WARNINGS: dict[str, Call] = {
     "warning: no parameter ever gets a gradient": without_any_gradient,
     "warning: TRITON_INTERPRET set too late": expecting_kernels(lambda: False),
     "warning: a triton that cannot be imported": expecting_kernels(broken_triton),
+    "warning: a triton without `lars_resident`": without_gluon,
     "warning: a launch that fails": failing_once_and_for_all,
     "warning: param_groups, no name in exclude exists": lambda: param_groups(
         nn.Linear(3, 2), 0.1, exclude=["pos_embed", "cls_token"]

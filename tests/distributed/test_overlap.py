@@ -223,8 +223,14 @@ def test_folding_leaves_the_division_out(two):
     two.run(folded_gradients)
 
 
+def steps_alone(optimizer):
+    """Of each prepared step, whether its launches may take the whole device."""
+    return {ready.step.terms.alone for ready in optimizer._engine.prepared.values()}
+
+
 def removed(rank, size):
     model, optimizer, batch, handle = overlapped(True, size, rank)
+    assert steps_alone(optimizer) == {False}
     handle.remove()
     before = [p.detach().clone() for p in model.parameters()]
     nets.loss_of(model, *batch).backward()
@@ -232,6 +238,7 @@ def removed(rank, size):
     optimizer.step()
     assert not any(map(torch.equal, before, model.parameters()))
     assert same_bits(model.parameters())
+    assert steps_alone(optimizer) == {True}
 
 
 def test_remove_returns_to_plain_steps(two):

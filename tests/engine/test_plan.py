@@ -248,7 +248,7 @@ def test_ten_billion_elements(order):
 @pytest.mark.parametrize("chunk", [0, 1, MAX_CHUNKS - 1])
 def test_packing_round_trip(kind, tensor, chunk):
     word = torch.tensor([pack_item(kind, tensor, chunk)])
-    assert listed(Plan(word, (), 0, 1)) == [(kind, tensor, chunk)]
+    assert listed(Plan(word, (), 0, 1, word[:0])) == [(kind, tensor, chunk)]
     assert word.item() == kind | tensor << 2 | chunk << 40
 
 

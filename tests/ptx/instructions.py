@@ -386,7 +386,7 @@ def compile_instruction(opcode: str, text: str) -> Effect | None:
     """The effect of one instruction; None for what only concerns caches."""
     name, *parts = opcode.split(".")
     args = operands(text)
-    if name in ("createpolicy", "prefetch", "nanosleep"):
+    if name in ("createpolicy", "prefetch", "nanosleep") or "prefetch" in parts:
         return None
     kept = [p for p in parts if p not in _NEUTRAL]
     if name in ("ld", "st", "atom", "cvt", "setp"):

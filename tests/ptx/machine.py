@@ -90,10 +90,20 @@ class Block:
     end: bool = False
 
 
+def _without_own_predicates(text: str) -> str:
+    """Predicates that inline assembly declares by name, as further ones of the kernel's own."""
+    for name in dict.fromkeys(re.findall(r"\.reg \.pred (\w+);", text)):
+        count = int(re.search(r"\.reg \.pred\s+%p<(\d+)>", text)[1])
+        text = re.sub(r"(\.reg \.pred\s+%p)<\d+>", rf"\1<{count + 1}>", text)
+        text = re.sub(rf"(?<![\w%]){name}\b", f"%p{count}", text)
+    return text
+
+
 class Kernel:
     """A parsed entry of a PTX module."""
 
     def __init__(self, text: str) -> None:
+        text = _without_own_predicates(text)
         self.name = re.search(r"\.entry (\w+)", text)[1]
         self.threads = int(re.search(r"\.reqntid (\d+)", text)[1])
         types = re.findall(r"\.param \.(\w+).*_param_\d+", text)
