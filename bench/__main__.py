@@ -6,7 +6,6 @@ python -m bench report FOLDER      table.md and plots from the raw files of a fo
 python -m bench report --readme    the table of bench/README.md from all folders
 python -m bench profile FOLDER     launches, copies, waits; DRAM bytes by ncu if it works
 python -m bench sanitize FOLDER    a small step under compute-sanitizer, where it is installed
-python -m bench candidate FOLDER   a kernel that waits to be measured: tests, time, bytes
 python -m bench tune FOLDER        sweep the launch constants on this GPU
 python -m bench merge PART...      one folder from several (or archives) of one commit and GPU
 python -m bench folder             the name that a new folder would have now
@@ -28,7 +27,7 @@ from bench import environment  # noqa: E402
 from bench.budget import Budget  # noqa: E402
 
 SUITES = ("test_step_gpu.py", "test_norms.py", "test_step_host.py")
-ON_A_GPU = {"profile": 90, "sanitize": 90, "candidate": 90, "tune": 240}  # seconds
+ON_A_GPU = {"profile": 90, "sanitize": 90, "tune": 240}  # seconds
 COMMANDS = ("run", "report", *ON_A_GPU, "merge", "note", "folder")
 
 
@@ -121,12 +120,9 @@ def on_a_gpu(chosen: argparse.Namespace) -> int:
         return 1
     folder = (chosen.folder or environment.folder()).resolve()
     if chosen.child:
-        from bench import candidate, profiler, sanitizer, tune
+        from bench import profiler, sanitizer, tune
 
-        part = {
-            "profile": profiler.main, "sanitize": sanitizer.main, "candidate": candidate.main,
-            "tune": tune.main,
-        }  # fmt: skip
+        part = {"profile": profiler.main, "sanitize": sanitizer.main, "tune": tune.main}
         return part[chosen.command](folder, Budget.inherited())
     budget = Budget(chosen.seconds, _STARTED)
     if "sha" not in environment.read(folder):

@@ -32,7 +32,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from bench.assembly import atomics, poll_forms, resident, widths
 from bench.environment import commit
 from lars_fused._engine.launch import Dtypes, constants, is_mixed
-from lars_fused.kernels.tuning import candidate_for, compile_options, row_for
+from lars_fused.kernels.tuning import compile_options, resident_row_for, row_for
 
 RESULTS = Path(__file__).parent / "results" / "codegen"
 
@@ -156,9 +156,9 @@ def specialisations(target: str) -> list[Spec]:
     return specs + list({spec.constexprs: spec for spec in reversed(norms)}.values())[::-1]
 
 
-def candidates(target: str) -> list[Spec]:
-    """`lars_resident` with the row of a target that waits to be measured; none without one."""
-    row = candidate_for(target)
+def residents(target: str) -> list[Spec]:
+    """`lars_resident` with its row for a target; none without one."""
+    row = resident_row_for(target)
     if row is None:
         return []
     return [_spec("lars_resident", case, row) for case in CASES]

@@ -150,9 +150,15 @@ class Launch:
 
     def publish(self, tensor: int, now: float) -> None:
         self.published[tensor] = True
-        for since, n in self.asleep.pop(tensor, ()):
+        for since in self.wake(tensor, now):
             self.waited += now - since
+
+    def wake(self, key: int, now: float) -> list[float]:
+        """Let programs that are asleep at a key go on; since when they were."""
+        asleep = self.asleep.pop(key, [])
+        for _, n in asleep:
             heapq.heappush(self.queue, (now, n))
+        return [since for since, _ in asleep]
 
     def access(self, now: float, key: int, n: int, update: bool) -> float:
         """When the data of one block is there."""

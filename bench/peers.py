@@ -24,18 +24,20 @@ from bench.variants import (
     with_momentum,
 )
 from lars_fused import LARS
-from lars_fused._engine import launch, launch_tables
-from lars_fused.kernels import tuning
+from lars_fused._engine import launch, launch_schedule, launch_tables
 
 ONE = "lars_fused, one launch"
 TWO = "lars_fused, two launches"
-HELD = "lars_fused, w and g held on chip"
+CACHED = "lars_fused, one launch, lars_step"
 PORTABLE = "lars_fused, portable"
 FLOOR = "SGD(fused=True)"
-OURS = (ONE, TWO, HELD, PORTABLE)
+OURS = (ONE, CACHED, TWO, PORTABLE)
 
 
-def ours(inputs: Inputs, launches: int = 1, backend: str = "triton") -> Variant:
+def ours(
+    inputs: Inputs, launches: int = 1, backend: str = "triton", kernel: str | None = None
+) -> Variant:
+    """As users get it, or in one launch or two of a kernel."""
     params, h = parameters(inputs), inputs.hyper
     optimizer = LARS(
         groups(inputs, params, weight_decay=0.0, adapt=False), h.lr, momentum=h.momentum,
@@ -46,7 +48,8 @@ def ours(inputs: Inputs, launches: int = 1, backend: str = "triton") -> Variant:
 
     def step() -> None:
         # Read when the tables are made, by the first step.
-        with launch_tables.forced_launches(launches):
+        chosen = launch_schedule.forced_kernel(kernel) if kernel else contextlib.nullcontext()
+        with launch_tables.forced_launches(launches), chosen:
             optimizer.step()
         variant.step = optimizer.step
 
@@ -59,32 +62,18 @@ def ours(inputs: Inputs, launches: int = 1, backend: str = "triton") -> Variant:
 
 @contextlib.contextmanager
 def used(row: Any, architecture: str) -> Iterator[None]:
-    """New work within the block is made and launched with the constants of a row."""
-    rows = launch.kernels().tuning.ROWS
+    """New work within the block is made and launched with the constants of a row, by its kernel."""
+    tuning = launch.kernels().tuning
+    resident = row.order == "resident"
+    rows = tuning.RESIDENT_ROWS if resident else tuning.ROWS
     before = dict(rows)
     rows[architecture] = row
     try:
-        yield
+        with launch_schedule.forced_kernel("lars_resident" if resident else "lars_step"):
+            yield
     finally:
         rows.clear()
         rows.update(before)
-
-
-def held(inputs: Inputs) -> Variant:
-    """Ours with the row of this GPU that waits to be measured: `lars_resident`."""
-    architecture = launch.architecture(inputs.w[0].device)[0]
-    row = tuning.candidate_for(architecture)
-    if row is None:
-        raise RuntimeError(f"no row for {architecture} waits to be measured")
-    variant = ours(inputs)
-    first = variant.step
-
-    def step() -> None:
-        with used(row, architecture):
-            first()
-
-    variant.step = step
-    return variant
 
 
 def sgd_fused(inputs: Inputs, **kind: bool) -> Variant:
@@ -153,7 +142,8 @@ def plain(
 LADDER: dict[str, Callable[[Inputs], Variant]] = {
     FLOOR: sgd_fused,
     ONE: ours,
-    TWO: lambda i: ours(i, launches=2),
+    CACHED: lambda i: ours(i, kernel="lars_step"),
+    TWO: lambda i: ours(i, launches=2, kernel="lars_step"),
 }
 EAGER: dict[str, Callable[[Inputs], Variant]] = {
     "foreach LARS": lambda i: plain(i, foreach=True),

@@ -14,14 +14,14 @@ import matplotlib.pyplot as plt
 
 from bench.cases import DTYPES, SWEEP_CASE
 from bench.models import MODELS
-from bench.peers import FLOOR, HELD, ONE, PORTABLE, TWO
+from bench.peers import CACHED, FLOOR, ONE, PORTABLE, TWO
 from bench.raw import COPY, Raw, case_of, copy_us, rows_of, runs
 from bench.report import FIRST_SCREEN, VARIANTS, against_sgd, device
 
 FP32 = next(iter(DTYPES))
 # Ours in one hue, the floor dark, the peers in others; the same for every folder.
 COLOURS = {
-    ONE: "#0b6e99", PORTABLE: "#0b6e99", TWO: "#7cc4e0", HELD: "#3d9cc2", FLOOR: "#333333",
+    ONE: "#0b6e99", PORTABLE: "#0b6e99", CACHED: "#3d9cc2", TWO: "#7cc4e0", FLOOR: "#333333",
     "SGD(foreach=True)": "#8a8a8a", "foreach LARS": "#d98c21", "eager LARS": "#b3441e",
     "compiled foreach LARS": "#e8c468", "compiled eager LARS": "#c9a227", "timm Lars": "#6a4c93",
     "pytorch_optimizer LARS": "#9a6fb0", "pytorch_optimizer LARS, foreach": "#c3a5d1",

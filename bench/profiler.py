@@ -25,27 +25,30 @@ from bench import environment
 from bench.budget import Budget
 from bench.cases import model_case
 from bench.harness import Recorder
-from bench.peers import FLOOR, HELD, LADDER, ONE, TWO, held
+from bench.peers import CACHED, FLOOR, LADDER, ONE, TWO
 from bench.supervise import Pieces
 from bench.variants import Variant
 
 MODELS = ("ResNet-50", "ViT-B/16", "one 100M tensor")
-ORDER = (ONE, TWO, FLOOR)
+ORDER = (ONE, CACHED, TWO, FLOOR)
 STEPS = 4
 COUNTS = ("launches a step", "copies from the host a step", "waits of the host a step")
 DRAM = "DRAM bytes a parameter"
 METRICS = "dram__bytes_read.sum,dram__bytes_write.sum"
+# Of a step of each variant: parts of its kernels' names, and how many launches it is, if that is
+# known. Another variant begins where the kernels of one are complete, or with a name of its own.
 _KERNELS = {
-    "lars_step": ONE, "l2norm": TWO, "lars_update": TWO, "lars_resident": HELD,
-    "multi_tensor_apply": FLOOR,
+    ONE: (("lars_step", "lars_resident"), 1),
+    CACHED: (("lars_step",), 1),
+    TWO: (("l2norm", "lars_update"), 2),
+    FLOOR: (("multi_tensor_apply",), None),
 }  # fmt: skip
 _WAITS = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy")
 _RANGE = "lars_fused steps"
 
 
 def _ready(model: str, name: str) -> Variant:
-    build = held if name == HELD else LADDER[name]
-    variant = build(model_case(model).inputs(torch.device("cuda")))
+    variant = LADDER[name](model_case(model).inputs(torch.device("cuda")))
     for _ in range(3):
         variant.step()
     torch.cuda.synchronize()
@@ -80,28 +83,33 @@ def counts(events: list[Any]) -> tuple[float, float, float]:
 def dram_bytes(lines: Iterable[str], plan: list[tuple[str, str]]) -> dict[tuple[str, str], float]:
     """Bytes of one step of each (model, variant) of `plan`, from the CSV that ncu prints.
 
-    Kernels come in the order of the plan; where the kernels of another variant begin, so does the
-    next entry.
+    Kernels come in the order of the plan, STEPS steps of each entry.
     """
     from_header = itertools.dropwhile(lambda line: not line.startswith('"ID"'), lines)
     # ncu's own remarks may stand between the rows and after them.
     table = csv.DictReader(line for line in from_header if line.startswith('"'))
     found: dict[tuple[str, str], float] = defaultdict(float)
-    at, now = -1, ""
+    known = {name for names, _ in _KERNELS.values() for name in names}
+    at, names, launches = -1, (), {}  # of the entry: its kernels; the ids of those seen
+    left: float = 0
     for row in table:
         if None in row.values():  # cut off in the middle
             continue
-        name = row["Kernel Name"]
-        variant = next((v for k, v in _KERNELS.items() if k in name), "")
-        if not variant or not row["Metric Name"].startswith("dram__bytes"):
+        name, number = row["Kernel Name"], row["ID"]
+        if not any(k in name for k in known) or not row["Metric Name"].startswith("dram__bytes"):
             continue
-        if variant != now:
-            at, now = at + 1, variant
-            if at >= len(plan) or plan[at][1] != variant:
-                raise ValueError(f"ncu shows {name} where {plan[at : at + 1]} was expected")
+        if number not in launches:
+            if left == 0 or not any(k in name for k in names):
+                at += 1
+                names, each = _KERNELS[plan[at][1]] if at < len(plan) else ((), None)
+                if not any(k in name for k in names):
+                    raise ValueError(f"ncu shows {name} where {plan[at : at + 1]} was expected")
+                left = math.inf if each is None else each * STEPS
+            launches[number] = plan[at]
+            left -= 1
         if row["Metric Unit"] not in ("byte", "bytes"):
             raise ValueError(f"ncu gave {row['Metric Unit']!r} where bytes were asked for")
-        found[plan[at]] += float(row["Metric Value"].replace(",", "")) / STEPS
+        found[launches[number]] += float(row["Metric Value"].replace(",", "")) / STEPS
     return dict(found)
 
 
@@ -119,7 +127,7 @@ def limited(command: list[str], seconds: float) -> list[str]:
 
 def run_ncu(names: Sequence[str], folder: Path, budget: Budget) -> dict[tuple[str, str], float]:
     """DRAM bytes of a step of each variant; what ncu printed stays in the folder."""
-    ncu, log = tool("ncu"), folder / ("ncu-candidate.csv" if HELD in names else "ncu.csv")
+    ncu, log = tool("ncu"), folder / "ncu.csv"
     if ncu is None:
         raise RuntimeError("ncu is not installed")
     log.unlink(missing_ok=True)
@@ -164,7 +172,7 @@ def weigh(names: Sequence[str], recorder: Recorder, folder: Path, budget: Budget
         found = run_ncu(names, folder, budget)
     except (RuntimeError, ValueError, OSError) as error:
         reason = f"{type(error).__name__}: {error}"[:300]
-        recorder.note(**{"candidate" if HELD in names else "absent": {DRAM: reason}})
+        recorder.note(absent={DRAM: reason})
         print(f"{DRAM}: not measured, {reason}")
         return
     for (model, name), total in found.items():

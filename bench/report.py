@@ -11,11 +11,11 @@ from bench import environment
 from bench.cases import DTYPES, model_case
 from bench.models import MODELS
 from bench.peers import (
+    CACHED,
     COMPILED,
     CPU_LADDER,
     EAGER,
     FLOOR,
-    HELD,
     LADDER,
     ONE,
     OURS,
@@ -27,7 +27,7 @@ from bench.raw import COPY, Raw, case_of, copy_us, rows_of, runs
 
 # In the order of tables and pictures: ours, the floor, LARS as written by hand, other projects.
 VARIANTS = tuple(dict.fromkeys([
-    PORTABLE, ONE, HELD, *LADDER, *CPU_LADDER, *EAGER, *COMPILED, *PROJECTS,
+    PORTABLE, ONE, CACHED, *LADDER, *CPU_LADDER, *EAGER, *COMPILED, *PROJECTS,
 ]))  # fmt: skip
 FIRST_SCREEN = ("ResNet-50", "ViT-B/16")
 LAUNCHES = COUNTS[0]

@@ -32,14 +32,14 @@ def verdict(status: int, output: str) -> str:
     return f"not run: {told[0] if told else f'exit status {status}'}"
 
 
-def check(name: str, folder: Path, seconds: float, candidate: bool = False) -> str:
+def check(name: str, folder: Path, seconds: float) -> str:
     """Run one tool on `bench.small_step`; its output stays in the folder."""
     program = tool("compute-sanitizer")
     if program is None:
         return "not run: compute-sanitizer is not installed"
     command = [program, "--tool", name, "--error-exitcode", str(FOUND), "--print-limit", "20"]
-    command += [sys.executable, "-m", "bench.small_step", *(["--candidate"] if candidate else [])]
-    log = folder / f"{name}{'-candidate' if candidate else ''}.txt"
+    command += [sys.executable, "-m", "bench.small_step"]
+    log = folder / f"{name}.txt"
     with log.open("w") as output:
         done = subprocess.run(
             limited(command, seconds), cwd=environment.ROOT, stdout=output,

@@ -18,7 +18,7 @@ from bench.budget import Budget
 from bench.cases import DTYPES, SWEEP, Case, model_case, slug, sweep_case
 from bench.harness import COPY, Builders, GateError, Measured, Recorder, measure, reason
 from bench.models import MODELS
-from bench.peers import COMPILED, EAGER, FLOOR, LADDER, ONE, PROJECTS
+from bench.peers import COMPILED, EAGER, FLOOR, LADDER, ONE, PROJECTS, TWO
 from bench.supervise import Fault, Pieces
 
 pytestmark = [
@@ -30,7 +30,9 @@ _FIRST = ("ResNet-50", "ViT-B/16")
 _LARGE = "one 100M tensor"
 _OTHERS = tuple(name for name in MODELS if name not in (*_FIRST, _LARGE))
 _FP32, *_MIXED = DTYPES
-_BRIEF = {**LADDER, "foreach LARS": EAGER["foreach LARS"]}
+_BRIEF = {
+    **{name: LADDER[name] for name in (FLOOR, ONE, TWO)}, "foreach LARS": EAGER["foreach LARS"],
+}  # fmt: skip
 _BESIDE = {name: LADDER[name] for name in (FLOOR, ONE)}  # ratios are taken within one run
 _JAX = "optax lars, jit"  # a separate run: another runtime that starts slowly
 _PEERS = {**EAGER, **{name: peer for name, peer in PROJECTS.items() if name != _JAX}}

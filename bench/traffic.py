@@ -55,17 +55,19 @@ class Choice:
     chunk: int = ROW.chunk
     window: float = tuning.WINDOW_SHARE
     slots: int = 0
-    """Chunks that a program of `lars_resident` holds (order "resident")."""
+    """Chunks that a worker of `lars_resident` holds (order "resident")."""
+    finishers: int = 0
+    """Programs of it that take no items."""
 
     @property
     def geometry(self) -> Geometry:
         return Geometry(self.chunk, self.block, self.per_sm, evict_first=self.evict_first)
 
 
-_HELD = tuning.CANDIDATES["sm_9"]
-CANDIDATE = Choice(
+_HELD = tuning.RESIDENT_ROWS["sm_9"]
+RESIDENT = Choice(
     order=_HELD.order, per_sm=_HELD.programs, block=_HELD.block, chunk=_HELD.chunk,
-    slots=tuning.slots(_HELD, 8),
+    slots=tuning.slots(_HELD, 8), finishers=_HELD.finishers,
 )  # fmt: skip
 
 
@@ -95,7 +97,7 @@ def planned(model: str, gpu: Gpu, choice: Choice) -> Plan:
         lag=int(choice.lag * choice.per_sm * gpu.multiprocessors),
         bytes_per_element=8,
         order=choice.order,
-        span=(choice.slots - 2) * choice.per_sm * gpu.multiprocessors if choice.slots else 0,
+        span=max(0, choice.slots - 2) * (choice.per_sm * gpu.multiprocessors - choice.finishers),
     )
 
 
@@ -128,14 +130,16 @@ def predict(model: str, gpu: Gpu, choice: Choice, timing: Timing = NOW) -> Traff
     """Bytes and time of one step of a model in fp32."""
     plan, numels = planned(model, gpu, choice), sizes_of(model)[0]
     if choice.slots:
-        return simulate_resident(plan, numels, gpu, choice.geometry, choice.slots, timing)
+        return simulate_resident(
+            plan, numels, gpu, choice.geometry, choice.slots, choice.finishers, timing
+        )
     return simulate(plan, numels, gpu, choice.geometry, timing)
 
 
 def sweep() -> list[tuple[str, str, Choice]]:
     """(model, GPU, choice): what is launched for all, then one thing at a time on the H200."""
     cases = [(m, g, Choice(evict_first=e)) for m in MODELS for g in GPUS for e in (True, False)]
-    cases += [(m, g, CANDIDATE) for m in MODELS for g in GPUS if g.startswith("H")]
+    cases += [(m, g, RESIDENT) for m in MODELS for g in GPUS if g.startswith("H")]
     few = ("ResNet-50", "ViT-B/16", "AlexNet")
     variants = [Choice(order="grouped")]
     variants += [Choice(lag=lag) for lag in (0.25, 0.5, 0.75, 1.5)]
@@ -189,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         file.writelines(f"# {text}\n" for text in header)
         table: csv.DictWriter[str] | None = None
         for model, gpu, choice in sweep():
-            if chosen.default and replace(choice, evict_first=True) not in (Choice(), CANDIDATE):
+            if chosen.default and replace(choice, evict_first=True) not in (Choice(), RESIDENT):
                 continue
             if chosen.model not in (None, model) or chosen.gpu not in (None, gpu):
                 continue

@@ -1,9 +1,10 @@
 """Sweep the launch constants of this GPU.
 
-A candidate is a row of `kernels/tuning.py`. Each is timed against the current row, interleaved, the
-L2 cold, on three models, and ranked by the geometric mean of its times over the current row's.
+A candidate is a row of `kernels/tuning.py`. Each is timed against the current row of `lars_step`,
+interleaved, the L2 cold, on three models, and ranked by the geometric mean of its times over the
+current row's.
 
-0. The row that waits to be measured (`tuning.CANDIDATES`), if the architecture has one.
+0. The row of `lars_resident` and those nearest to it, if the architecture has one.
 1. The grid: every combination of the constants that interact (order, eviction, block, programs,
    polling), in few rounds, those nearest to the current row first.
 2. The best of the grid again, in more rounds; then, from the best of these, each constant in turn.
@@ -27,7 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench import candidate, environment
+from bench import environment
 from bench.budget import Budget
 from bench.cases import Case, model_case
 from bench.harness import GateError, Truth, disagreement, reason
@@ -114,17 +115,18 @@ def grid(present: Any, l2_bytes: int) -> list[Any]:
     return sorted(rows, key=lambda row: sum(a != b for a, b in zip(row, present, strict=True)))
 
 
-def candidates(architecture: str, present: Any) -> list[Any]:
-    """The row that waits to be measured, and the same with one program a multiprocessor."""
-    row = tuning.candidate_for(architecture)
+def resident_rows(architecture: str, present: Any) -> list[Any]:
+    """The row of `lars_resident`, each of a few constants in turn, one program a multiprocessor."""
+    row = tuning.resident_row_for(architecture)
     if row is None:
         return []
     row = row._replace(window=present.window, record=present.record)
-    alone = row._replace(
-        chunk=2 * row.chunk, block=2 * row.block, ring=2 * row.ring, threads=2 * row.threads,
-        num_warps=2 * row.num_warps, programs=1,
-    )  # fmt: skip
-    return [row, alone]
+    changes: list[dict[str, Any]] = [
+        {"finishers": 2}, {"finishers": 8}, {"backoff": 0}, {"evict": ""},
+        {"chunk": 2 * row.chunk, "block": 2 * row.block, "ring": 2 * row.ring, "programs": 1,
+         "threads": 2 * row.threads, "num_warps": 2 * row.num_warps},
+    ]  # fmt: skip
+    return [row, *(row._replace(**change) for change in changes)]
 
 
 def neighbours(best: Any, l2_bytes: int) -> Iterator[Any]:
@@ -239,11 +241,11 @@ class Results:
 
 def search(
     tuner: Any, budget: Budget, results: Results, pieces: Pieces, lost: set[str],
-    waiting: Sequence[Any] = (),
+    first: Sequence[Any] = (),
 ) -> None:  # fmt: skip
     """The grid in the first half of the time, then one constant at a time, then the best again.
 
-    Rows of ``waiting`` come before all others.
+    Rows of ``first`` come before all others.
     """
     present, whole = tuner.present, budget.left
     failed: set[Any] = set()
@@ -258,13 +260,8 @@ def search(
         with pieces.piece(name, 60.0, budget):
             try:
                 ratio, times = tuner.times(row, rounds)
-            except GateError as error:
-                if row.order == present.order or row.order != "resident":
-                    raise
-                failed.add(row)  # of a kernel that nobody launches yet
-                environment.note(results.path.parent, candidate={name: str(error)})
-                print(f"  passed over: {error}", flush=True)
-                return
+            except GateError:  # no matter of speed
+                raise
             except Exception as error:  # whatever keeps constants from compiling
                 failed.add(row)
                 print(f"  passed over: {reason(error)}", flush=True)
@@ -273,7 +270,7 @@ def search(
         print(f"  {ratio:.3f}", flush=True)
 
     time(present, USUAL)
-    for row in waiting:
+    for row in first:
         time(row, USUAL)
     for row in grid(present, tuner.l2):
         if budget.left > whole / 2:
@@ -297,13 +294,9 @@ def main(folder: Path, budget: Budget, make: Callable[..., Any] = CudaTimer) -> 
     left_out = [n for n in tuner.present._fields if n not in swept(tuner.present, tuner.l2)]
     print(f"present row: {tuner.present}\nnot swept: {', '.join(left_out)}", flush=True)
     lost = set(environment.read(folder).get("lost", {}))
-    waiting = candidates(tuner.architecture, tuner.present)
-    if waiting and not candidate.passed(folder):
-        print("left out, its tests have not passed in this folder: the row that waits", flush=True)
-        environment.note(folder, candidate={"tune": "left out, its tests have not passed here"})
-        waiting = []
+    first = resident_rows(tuner.architecture, tuner.present)
     try:
-        search(tuner, budget, results, Pieces(folder), lost, waiting)
+        search(tuner, budget, results, Pieces(folder), lost, first)
     except GateError as error:
         environment.note(folder, gate={f"tune, {torch.cuda.get_device_name()}": str(error)})
         raise

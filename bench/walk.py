@@ -26,8 +26,8 @@ from bench.codegen import (
     Build,
     Spec,
     build,
-    candidates,
     environment,
+    residents,
     specialisations,
 )
 from bench.launch_model import NOW
@@ -177,13 +177,11 @@ class Held:
     """Of these, those for momentum: what was just sent for is taken apart in the same step."""
     norm_issued: int
     sums: int
-    """From the wait for the copy to the arrival, beyond the instructions in between."""
+    """From the wait for the copy to the store of the sums, beyond the instructions in between."""
     update_issued: int
     end_issued: int
     publication: int
-    """From the answer of a tensor's last arrival to the published ratio, without loads."""
-    after: int
-    """From there to the next step."""
+    """From a finisher's last slots, when they are there, to the published ratio."""
     dram: int
     """Cycles that the DRAM of an H200 takes for a step's bytes of a multiprocessor's programs."""
 
@@ -194,11 +192,13 @@ class Held:
 
 
 COPIES, WAIT = r"LDGDEPBAR", r"DEPBAR\.LE"  # copies are sent for; those of this step are there
+STORED = PUBLISH  # a worker's sums, by the same atomic
+SLOT = r"LDG\.E\.64\.STRONG\.SYS .*\+0x10\]"  # the third word of a slot, which comes last
 
 
 def held_path(made: Build) -> list[str]:
     """A step of `lars_resident` that sums a chunk and updates one, from copies to copies."""
-    return _held(made, [COPIES, WAIT, ARRIVE, UPDATE_STORE, COPIES], f"{SLOW}|{TAIL}|{PARTIAL}")
+    return _held(made, [COPIES, WAIT, STORED, UPDATE_STORE, COPIES], f"{SLOW}|{TAIL}|{ROOT}")
 
 
 def _held(made: Build, waypoints: Sequence[str], avoid: str) -> list[str]:
@@ -207,29 +207,27 @@ def _held(made: Build, waypoints: Sequence[str], avoid: str) -> list[str]:
 
 
 def held(made: Build) -> Held:
-    """Walk a step of `lars_resident` for sm_90, and one that finishes a tensor."""
+    """Walk a step of `lars_resident` for sm_90, and the end of a tensor."""
     lines = held_path(made)
     steps, there = walk(lines), walk(lines, DATA)
-    waits, arrives, first_copy = (find(steps, x) for x in (WAIT, ARRIVE, COPIES))
+    waits, stored, first_copy = (find(steps, x) for x in (WAIT, STORED, COPIES))
     copies = [n for n, step in enumerate(steps) if re.search(COPIES, step.text)]
     stores = [n for n, step in enumerate(steps) if re.search(UPDATE_STORE, step.text)]
-    fence = find(steps, "MEMBAR")
-    last = walk(_held(made, [COPIES, PARTIAL, PUBLISH, WAIT], f"{SLOW}|{TAIL}"))
-    published, answer = find(last, PUBLISH), find(last, r"SHFL")
+    last = walk(_held(made, [SLOT, PUBLISH], f"{SLOW}|{TAIL}|{WAIT}"))
     before = waits - first_copy
     exposed, rows = (x[waits].cycle - x[first_copy].cycle - before for x in (steps, there))
     return Held(
         step=steps[copies[-1]].cycle - steps[first_copy].cycle,
         exposed=exposed,
         momentum=exposed - rows,
-        norm_issued=arrives - waits,
-        sums=steps[fence].cycle - steps[waits].cycle - (fence - waits),
-        update_issued=stores[-1] - arrives,
+        norm_issued=stored - waits,
+        sums=steps[stored].cycle - steps[waits].cycle - (stored - waits),
+        update_issued=stores[-1] - stored,
         end_issued=copies[-1] - stores[-1] + before,
-        publication=last[published].cycle - last[answer].cycle - LATENCY["descriptor"],
-        after=last[find(last, WAIT)].cycle - last[published].cycle,
+        publication=last[find(last, PUBLISH)].cycle - last[find(last, SLOT)].cycle
+        - LATENCY["descriptor"],
         dram=dram_cycles(made.spec),
-    )
+    )  # fmt: skip
 
 
 def dram_cycles(spec: Spec) -> int:
@@ -269,7 +267,7 @@ def line(spec: Spec, target: str) -> dict[str, str]:
 
 def cases(kernel: str) -> list[tuple[Spec, str]]:
     """What is walked of a kernel."""
-    listed = candidates if kernel == "lars_resident" else specialisations
+    listed = residents if kernel == "lars_resident" else specialisations
     return [(s, target) for target in NVIDIA for s in listed(target) if s.name == kernel]
 
 

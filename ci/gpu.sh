@@ -5,11 +5,11 @@
 #     LARS_FUSED_SHA=$(git describe --always --dirty --abbrev=10 --exclude '*') ci/gpu.sh first
 #
 #     ci/gpu.sh first     tests; ResNet-50 and ViT-B/16 beside SGD(fused=True); profile; sanitizer
-#     ci/gpu.sh second    the other cases, the peers, norms; a kernel that waits to be measured
+#     ci/gpu.sh second    the other cases, the peers, norms
 #     ci/gpu.sh third     the tuner, the compiled peers
 #     ci/gpu.sh           all three, one after the other
-#     ci/gpu.sh PART...   parts by name: tests[:EXPR] bench[:EXPR] profile sanitize tune
-#                         candidate; EXPR is a pytest -k expression, such as bench:resnet50
+#     ci/gpu.sh PART...   parts by name: tests[:EXPR] bench[:EXPR] profile sanitize tune;
+#                         EXPR is a pytest -k expression, such as bench:resnet50
 #
 # Each call takes less than LIMIT seconds (560), whatever hangs: every part has a limit of its own and
 # is killed where it does not heed it. Each begins with a small step beside the portable path, and
@@ -23,7 +23,7 @@
 # LARS_FUSED_SHA is the commit, with -dirty if so; it can be left out where the history is there.
 # Figures of no commit may not be quoted, so nothing is run without one, unless UNQUOTABLE=1.
 # PYTHON is the interpreter. TESTS_SECONDS, BENCH_SECONDS, PROFILE_SECONDS, SANITIZE_SECONDS,
-# CANDIDATE_SECONDS, TUNE_SECONDS, REPORT_SECONDS: another limit for a part. GRACE: seconds from interrupt to kill (8).
+# TUNE_SECONDS, REPORT_SECONDS: another limit for a part. GRACE: seconds from interrupt to kill (8).
 set -uo pipefail
 set -m # a part is a process group of its own, which can be interrupted and killed whole
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
@@ -31,10 +31,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 usage() { sed -n '2,/^set /s/^# \{0,1\}//p' ci/gpu.sh; }
 
 first=(tests bench:first profile sanitize)
-second=("bench:case or peers or norms" candidate)
+second=("bench:case or peers or norms")
 third=(tune bench:compiled)
 declare -A limits=(
-    [smoke]=60 [tests]=190 [bench]=240 [profile]=80 [sanitize]=80 [tune]=280 [report]=40 [candidate]=110
+    [smoke]=60 [tests]=190 [bench]=240 [profile]=80 [sanitize]=80 [tune]=280 [report]=40
     ["bench:first"]=95 ["bench:compiled"]=170 ["bench:case or peers or norms"]=345
 )
 
@@ -55,9 +55,9 @@ third) parts=("${third[@]}") ;;
 esac
 for part in "${parts[@]}"; do
     case ${part%%:*} in
-    tests | bench | profile | sanitize | candidate | tune) ;;
+    tests | bench | profile | sanitize | tune) ;;
     *)
-        printf 'no part %s; there are tests, bench, profile, sanitize, candidate and tune\n\n' "${part%%:*}" >&2
+        printf 'no part %s; there are tests, bench, profile, sanitize and tune\n\n' "${part%%:*}" >&2
         usage >&2
         exit 2
         ;;

@@ -28,15 +28,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # The longest first, so that it does not start last.
 TIERS = ("interpret", "ptx", "codegen", "floor", "cpu")
-CHOICES = ("all", "lint", "gpu", "candidate", *TIERS)
+CHOICES = ("all", "lint", "gpu", *TIERS)
 # The tier floor is two processes, since triton reads at import whether it is to interpret.
 FLOOR = ("floor", "floor-codegen")
 MARKS = {
     "floor": "floor and interpret",
     "floor-codegen": "codegen and floor",
-    # A kernel that waits to be measured is no part of what the gpu tier vouches for.
-    "gpu": "gpu and not candidate",
-    "candidate": "gpu and candidate",
 }
 OUTCOMES = ("PASSED", "FAILED", "ERROR", "SKIPPED")
 TIME_LIMIT = 1200  # seconds; a kernel that hangs must end as a failure
@@ -82,7 +79,7 @@ def lint_jobs() -> list[Job]:
 
 def tier_job(tier: str, reports: Path, args: argparse.Namespace, workers: int) -> Job:
     marks = MARKS.get(tier, tier)
-    on_a_gpu = tier in ("gpu", "candidate")
+    on_a_gpu = tier == "gpu"
     marks += " and (slow or fuzz)" if args.slow else " and not slow"
     # The tiers run concurrently: no shared cache folder, one thread each.
     env = {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
@@ -179,7 +176,7 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGINT, lambda *_: None)
     whole = "all" in args.tiers
     tiers = [
-        tier for tier in (*TIERS, "gpu", "candidate")
+        tier for tier in (*TIERS, "gpu")
         if tier in args.tiers or (whole and tier in TIERS)
     ]  # fmt: skip
     if args.floor is None and whole:

@@ -41,6 +41,21 @@ def test_dram_bytes_from_ncu():
     assert profiler.dram_bytes(["==ERROR== nothing"], plan) == {}
 
 
+def test_dram_bytes_where_two_variants_run_the_same_kernel():
+    """Of one model after the other, and where a plan has a single variant."""
+    n = profiler.STEPS
+    kernels = [("lars_resident", 12, 8)] * n + [("lars_step", 14, 8)] * n
+    kernels += [("lars_step", 20, 8)] * n + [("lars_step", 21, 8)] * n
+    plan = [(model, name) for model in "AB" for name in (peers.ONE, peers.CACHED)]
+    found = profiler.dram_bytes(ncu_lines(kernels), plan)
+    assert found == dict(zip(plan, (20, 22, 28, 29), strict=True))
+    alone = [("A", peers.ONE), ("B", peers.ONE)]
+    found = profiler.dram_bytes(ncu_lines([*kernels[:n], *kernels[2 * n : 3 * n]]), alone)
+    assert found == dict(zip(alone, (20, 28), strict=True))
+    with pytest.raises(ValueError, match="expected"):  # one launch more
+        profiler.dram_bytes(ncu_lines([("lars_step", 1, 1)] * (2 * n + 1)), alone)
+
+
 def test_remarks_of_ncu_between_and_after_its_rows():
     plan = [("A", peers.ONE)]
     lines = list(ncu_lines([("lars_step", 12_000, 8_000)] * profiler.STEPS))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,13 +12,15 @@ import torch
 from bench.cache_model import GPUS, Cache, Gpu
 from bench.launch_model import BEFORE, NOW, Geometry, simulate, simulate_dynamic
 from bench.models import MODELS
-from bench.traffic import CANDIDATE, RESULTS, Choice, main, planned, predict, quality, sizes_of
+from bench.resident_model import simulate_resident
+from bench.traffic import RESIDENT, RESULTS, Choice, main, planned, predict, quality, sizes_of
 from lars_fused._engine.plan import Plan, make_plan
 from lars_fused.kernels.layout import BOTH, NORM, UPDATE, pack_item
 
 pytestmark = pytest.mark.cpu
 
 CHUNK = 4096
+NOTHING = torch.empty(0, dtype=torch.int64)
 predicted = functools.cache(predict)  # seconds each, and wanted by several tests
 
 
@@ -30,7 +33,7 @@ def run(plan, numels, programs, capacity, timing=NOW, evict_first=False, **geome
 
 
 def plan_by_hand(items: list[tuple[int, int, int]]) -> Plan:
-    return Plan(torch.tensor([pack_item(*item) for item in items]), (), 0, 1)
+    return Plan(torch.tensor([pack_item(*item) for item in items]), (), 0, 1, NOTHING)
 
 
 def two_passes(chunks: int) -> Plan:
@@ -165,6 +168,40 @@ def test_the_model_agrees_with_an_h200(model, constants):
     assert found.per_parameter == pytest.approx(float(line["DRAM bytes a parameter"]), abs=1.0)
 
 
+@pytest.mark.parametrize(
+    "model", ["ResNet-50", "ViT-B/16", "BERT-large", "AlexNet", "one 100M tensor"]
+)
+def test_the_model_of_held_data_agrees_with_an_h200(model):
+    """Long lists, with the constants of the other kernel: none was fitted to this one."""
+    tuning = RESULTS.parent / "tuning"
+    with (tuning / "lists.csv").open(newline="") as file:
+        lines = [x for x in csv.DictReader(x for x in file if x[0] != "#") if x["dtypes"] == "fp32"]
+    times = {x["list"]: float(x["lars_resident"]) for x in lines}
+    with (tuning / "resident.csv").open(newline="") as file:
+        lines = list(csv.DictReader(x for x in file if x[0] != "#"))
+    (kept,) = (
+        x for x in lines
+        if (x["design"], x["constants"]) == ("finishers, v, w and g prefetched", "finishers=4")
+    )  # fmt: skip
+    times |= {name: float(kept[name]) for name in ("ResNet-50", "ViT-B/16")}
+    assert predicted(model, GPUS["H200"], RESIDENT).us == pytest.approx(times[model], rel=0.13)
+
+
+def test_a_late_program_is_not_late_for_every_tensor():
+    """Without finishers the last to arrive finished them all; and nobody waits for ever."""
+    gpu = GPUS["H200"]
+    plan, (numels, _) = planned("ViT-B/16", gpu, RESIDENT), sizes_of("ViT-B/16")
+    few = replace(RESIDENT, finishers=1)
+    assert predict("ViT-B/16", gpu, few).us == pytest.approx(
+        predicted("ViT-B/16", gpu, RESIDENT).us, rel=0.1
+    )
+    unfinished = replace(plan, finishes=plan.finishes[:-1])
+    with pytest.raises(RuntimeError, match="waits for itself"):
+        simulate_resident(
+            unfinished, numels, gpu, RESIDENT.geometry, RESIDENT.slots, RESIDENT.finishers
+        )
+
+
 PROMISED = {"ResNet-50": (122, 150), "ViT-B/16": (430, 550)}  # us, hint honoured and ignored
 
 
@@ -181,7 +218,7 @@ def test_the_times_that_the_order_and_the_kernel_were_designed_for(model):
 def test_holding_on_chip_is_what_the_measured_cache_leaves_room_for(model):
     """There `lars_step` needs more; with w and g held the L2 no longer matters."""
     gpu, most = GPUS["H200"], PROMISED[model][1]
-    held, launched = (predicted(model, gpu, choice) for choice in (CANDIDATE, Choice()))
+    held, launched = (predicted(model, gpu, choice) for choice in (RESIDENT, Choice()))
     assert held.us <= most < launched.us
     assert held.per_parameter <= 20.5 < launched.per_parameter
 
@@ -214,7 +251,7 @@ def test_the_kept_predictions_are_of_every_model():
 def test_quality_by_hand():
     items = [(NORM, 0, 0), (NORM, 0, 1), (NORM, 1, 0), (NORM, 1, 1)]
     items += [(UPDATE, 0, 1), (UPDATE, 0, 0), (UPDATE, 1, 1), (UPDATE, 1, 0)]
-    plan = Plan(torch.tensor([pack_item(*item) for item in items]), (0, 2), 4, 2)
+    plan = Plan(torch.tensor([pack_item(*item) for item in items]), (0, 2), 4, 2, NOTHING)
     found = quality(plan, 1_000_000, 4)
     assert (found.least_cover, found.median_cover) == (0.5, 0.5)
     # Chunk (0, 0): three norms after it, and two updates; chunk (1, 0): one norm and four updates.

@@ -15,6 +15,7 @@ from bench.budget import Budget
 from bench.harness import GateError
 from bench.supervise import Pieces
 from bench.test_step_host import stubbed_launches
+from lars_fused._engine import launch_schedule
 from tests import internals
 
 pytest.importorskip("triton")
@@ -180,36 +181,35 @@ def test_a_candidate_is_launched_with_its_constants_and_leaves_no_trace(tuner):
     assert rows == before
 
 
-@pytest.mark.parametrize("wrong", [False, True])
-def test_rows_that_wait_to_be_measured_come_first(tmp_path, wrong):
-    """And where one of them is wrong, that is noted, and the sweep goes on."""
+def test_rows_of_the_other_kernel_come_first(tmp_path):
+    """Its own row, one constant of it in turn, one program a multiprocessor; and no row twice."""
     asked = []
 
     def times(row, rounds):
         asked.append(row)
-        if wrong and row.order == "resident":
-            raise GateError("error 7 times its bound")
         return 1.0, {}
 
     tuner = SimpleNamespace(present=PRESENT, times=times, l2=L2)
     results = tune.Results(tmp_path / "t.csv", PRESENT)
-    waiting = tune.candidates("sm_90", PRESENT)
-    tune.search(tuner, Budget(0.5), results, Pieces(tmp_path), set(), waiting)
-    assert len(environment.read(tmp_path).get("candidate", {})) == 2 * wrong
-    assert len(asked) > 3
-    assert [row.order for row in asked[:3]] == ["ahead", "resident", "resident"]
-    assert [row.programs for row in asked[1:3]] == [2, 1]
-    assert all(tune.possible(row) for row in asked[:3])
+    first = tune.resident_rows("sm_90", PRESENT)
+    tune.search(tuner, Budget(0.5), results, Pieces(tmp_path), set(), first)
+    assert asked[: 1 + len(first)] == [PRESENT, *first]
+    assert [row.order for row in first] == ["resident"] * len(set(first))
+    assert [row.programs for row in first] == [2] * (len(first) - 1) + [1]
+    assert all(tune.possible(row) for row in first)
+    assert tune.resident_rows("sm_80", PRESENT) == []
 
 
-@pytest.mark.parametrize("tests", ["passed", "begun", None])
-def test_a_row_that_waits_is_timed_where_its_tests_have_passed(tuner, monkeypatch, tmp_path, tests):
-    given = []
-    monkeypatch.setattr(tune, "Tuner", lambda *_: tuner)
-    monkeypatch.setattr(tune, "candidates", lambda architecture, present: ["row"])
-    monkeypatch.setattr(tune, "search", lambda *args: given.append(args[-1]))
-    if tests:
-        environment.note(tmp_path, candidate={"tests": tests})
-    tune.main(tmp_path, Budget(1.0), make=lambda device: None)
-    assert given == [["row"] if tests == "passed" else []]
-    assert ("tune" in environment.read(tmp_path).get("candidate", {})) == (tests != "passed")
+def test_a_row_is_launched_by_its_kernel(monkeypatch):
+    """Of either kernel, whatever would be chosen for the list."""
+    tuning = internals.kernels().tuning
+    rows = dict(tuning.ROWS), dict(tuning.RESIDENT_ROWS)
+    monkeypatch.setattr(internals.launch, "architecture", lambda device: ("sm_90", 132, 60 << 20))
+    for row in (tuning.RESIDENT_ROWS["sm_9"]._replace(backoff=0), PRESENT):
+        with tune.used(row, "sm_90"):
+            made = launch_schedule.schedule(
+                torch.device("cpu"), internals.launch.Dtypes(*[torch.float32] * 3),
+                launch_schedule.Contents((7,), (True,), (0,), (False,), 1),
+            )  # fmt: skip
+        assert made.target.row == row
+    assert rows == (tuning.ROWS, tuning.RESIDENT_ROWS)

@@ -39,11 +39,9 @@ def test_a_limit_loses_neither_output_nor_counts(ci, monkeypatch, tmp_path, caps
 
 def test_only_the_gpu_tier_is_shown_as_it_comes(ci, tmp_path):
     args = ci.parse([])
-    jobs = {tier: ci.tier_job(tier, tmp_path, args, 1) for tier in ("gpu", "candidate", "ptx")}
+    jobs = {tier: ci.tier_job(tier, tmp_path, args, 1) for tier in ("gpu", "ptx")}
     assert jobs["gpu"].streamed
-    assert jobs["candidate"].streamed
-    assert "gpu and not candidate and not slow" in jobs["gpu"].command
-    assert "gpu and candidate and not slow" in jobs["candidate"].command
+    assert "gpu and not slow" in jobs["gpu"].command
     assert {"-v", "--maxfail=10", "faulthandler_timeout=40"} <= set(jobs["gpu"].command)
     assert not jobs["ptx"].streamed
     assert "-q" in jobs["ptx"].command
