@@ -56,8 +56,8 @@ def main(device: str = "cuda", backend: str = "triton") -> None:
         right = after_steps(device, "torch", 1, numels)
         with launch_schedule.forced_kernel(target.kernel):
             one, two = (after_steps(device, backend, n, numels) for n in (1, 2))
-        # Sums of terms up to about 5, whose fp32 ulp is 5e-7, and a few ulps of a large sum. A wrong
-        # term is off by 1e-3 or more.
+        # Sums of terms up to about 5, whose fp32 ulp is 5e-7, and a few ulps of a large sum. A
+        # wrong term is off by 1e-3 or more.
         torch.testing.assert_close(one, right, rtol=5e-7, atol=2e-6)
         torch.testing.assert_close(two, one, rtol=0, atol=0)
         print(f"small steps by {target.kernel} agree with the portable path, in one launch and two")
