@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from bench import environment
 from bench.cases import DTYPES, SWEEP_CASE, model_case, sweep_case
-from bench.peers import COMPILED, CPU_PROJECTS, EAGER, FLOOR, ONE, PORTABLE, PROJECTS, TWO
+from bench.peers import CACHED, COMPILED, CPU_PROJECTS, EAGER, FLOOR, ONE, PORTABLE, PROJECTS, TWO
 from bench.profiler import COUNTS, DRAM
 from bench.raw import COPY, rows_of, runs
 from bench.report import table
@@ -203,6 +203,9 @@ def lines(parents: Iterable[Path]) -> list[Line]:
     for case in ("ResNet-50", "ViT-B/16", LARGE):
         what = f"GPU time, {case}, one launch / two launches"
         found.append(_over(folders, what, "reported", case, ONE, TWO))
+    for case in ("ResNet-50", "ViT-B/16"):
+        what = f"GPU time, {case}, lars_step / ours"
+        found.append(_over(folders, what, "> 1", case, CACHED, ONE))
     for peer in (*EAGER, *COMPILED, *PROJECTS):
         what = f"GPU time, ResNet-50, {peer} / ours"
         found.append(_over(folders, what, "> 1", "ResNet-50", peer, ONE))
