@@ -330,7 +330,7 @@ FAULTS = [
     Fault("masters lose their low bits", "cpu", "engine/new_state:masters", STATE,
           "torch.where(p == w.to(p.dtype), w, p.float())", "p.float()"),
     Fault("capture without capturable", "interpret", "gpu/emulated_graphs:graphs", STEPPED,
-          "            graph_pool.refuse(False, self._caller)\n", "            pass\n"),
+          "            graph_pool.refuse(False, self.terms.caller)\n", "            pass\n"),
     Fault("captured tables are used again", "interpret", "gpu/emulated_graphs:graph", POOL,
           "tables = self._spare.pop(step)", "tables = self._spare[step]"),
     Fault("an option without its word", "cpu", "options_table:word or row", OPTIONS,
