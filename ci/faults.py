@@ -277,6 +277,8 @@ FAULTS = [
     Fault("held: a sum of the step before passes for one of this step", "ptx",
           "kernels/resident:step_before", SUMS,
           "return (epoch & 1).to(tl.int64) << 63", "return (epoch & 0).to(tl.int64) << 63"),
+    Fault("held: a NaN keeps its sign, and is waited for", "ptx", "kernels/resident:with_nan", SUMS,
+          "& _UNSIGNED) | tag", "| 0) ^ tag"),
     Fault("held: a tensor that no finisher takes", "ptx", "kernels/resident:same_bits_as", FINISHER,
           "        at += stride\n", "        at += stride + 1\n"),
     Fault("held: finishers beyond the end of their list", "ptx", "kernels/resident:same_bits_as",

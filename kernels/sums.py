@@ -34,6 +34,8 @@ G2 = tl.constexpr(layout.G2)
 D2 = tl.constexpr(layout.D2)
 SUM_WORDS = tl.constexpr(layout.SUM_WORDS)
 
+_UNSIGNED = tl.constexpr((1 << 63) - 1)
+
 # Turns of LANES slots that the last arriver of a tensor loads at a time.
 PARTIAL_TURNS = tl.constexpr(8)
 
@@ -250,13 +252,14 @@ def store_tagged(partials, slot, w2, g2, d2, tag, thread):
     """Put a chunk's sums into its slot, each under this launch's tag.
 
     So a reader knows each word for new or old by itself, and the writer needs no fence, which would
-    wait for all of its loads and stores. Sums of squares have no sign of their own. Every launch
-    that is not skipped stores each slot once, and a slot that nobody has stored is old for epoch 1.
+    wait for all of its loads and stores. Sums of squares have no sign of their own, but for NaN,
+    which loses it. Every launch that is not skipped stores each slot once, and a slot that nobody
+    has stored is old for epoch 1.
     `thread`: 0 to THREADS - 1; the first three store a word each.
     """
     sums = tl.where(thread == W2, w2, tl.where(thread == G2, g2, d2))
     at = partials.to(tl.pointer_type(tl.int64)) + SUM_WORDS * slot + thread
-    words = sums.to(tl.int64, bitcast=True) ^ tag
+    words = (sums.to(tl.int64, bitcast=True) & _UNSIGNED) | tag
     tl.atomic_xchg(at, words, mask=thread < SUM_WORDS, sem="relaxed")
 
 

@@ -280,6 +280,32 @@ def test_every_option(row, device):
 
 @pytest.mark.ptx
 @pytest.mark.gpu
+@pytest.mark.parametrize("steps", [1, 2])  # of either tag
+@pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf])
+def test_a_tensor_with_nan_is_finished(row, device, bad, steps):
+    """Its sums may be NaN of either sign, and a sign is what a finisher waits for."""
+    found = []
+    for launches in (1, 2):
+        torch.manual_seed(5)
+        params = [torch.nn.Parameter(torch.randn(n).to(device)) for n in (5 * row.chunk, 3000, 7)]
+        with internals.forced_launches(launches):
+            optimizer = LARS(params, backend="triton", **TERMS)
+            for step in range(steps):
+                for p in params:
+                    p.grad = torch.randn(p.shape).to(device)
+                if step == steps - 1:
+                    for p in params[::2]:
+                        p.grad[3] = bad
+                optimizer.step()
+        found.append([p.detach().cpu() for p in params])
+    for one, two in zip(*found, strict=True):
+        assert torch.equal(one.isnan(), two.isnan())
+        assert torch.equal(one.nan_to_num(7.0), two.nan_to_num(7.0))
+    assert not found[0][1].isnan().any(), "no other tensor is poisoned"
+
+
+@pytest.mark.ptx
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     "dtypes",
     [
