@@ -108,15 +108,20 @@ def _target(device: torch.device, dtypes: launch.Dtypes, numels: Sequence[int]) 
     return launch.target(device)
 
 
-@contextlib.contextmanager
-def forced_kernel(name: str) -> Iterator[None]:
+def forced_kernel(name: str) -> contextlib.AbstractContextManager[None]:
     """Within the block every new schedule is for this kernel, lars_step or lars_resident."""
-    before = os.environ.get(_ENVIRONMENT_KERNEL)
-    os.environ[_ENVIRONMENT_KERNEL] = name
+    return environment(_ENVIRONMENT_KERNEL, name)
+
+
+@contextlib.contextmanager
+def environment(variable: str, value: str) -> Iterator[None]:
+    """Within the block a variable of the environment has this value."""
+    before = os.environ.get(variable)
+    os.environ[variable] = value
     try:
         yield
     finally:
         if before is None:
-            del os.environ[_ENVIRONMENT_KERNEL]
+            del os.environ[variable]
         else:
-            os.environ[_ENVIRONMENT_KERNEL] = before
+            os.environ[variable] = before

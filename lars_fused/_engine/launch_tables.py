@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from ..kernels import layout
 from ..options import Options, group_row
 from . import launch, queue_state
 from .device_memory import new_memory, on_device
-from .launch_schedule import Contents, schedule
+from .launch_schedule import Contents, environment, schedule
 from .tensors import Addresses, Scaling
 
 _ENVIRONMENT_LAUNCHES = "LARS_FUSED_LAUNCHES"
@@ -276,15 +276,6 @@ def _launches(preferred: int) -> int:
     return int(asked)
 
 
-@contextlib.contextmanager
-def forced_launches(count: int) -> Iterator[None]:
+def forced_launches(count: int) -> contextlib.AbstractContextManager[None]:
     """Within the block every new `LaunchTables` uses this number of launches, 1 or 2."""
-    before = os.environ.get(_ENVIRONMENT_LAUNCHES)
-    os.environ[_ENVIRONMENT_LAUNCHES] = str(count)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_ENVIRONMENT_LAUNCHES]
-        else:
-            os.environ[_ENVIRONMENT_LAUNCHES] = before
+    return environment(_ENVIRONMENT_LAUNCHES, str(count))
