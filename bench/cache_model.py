@@ -32,21 +32,26 @@ class Gpu:
     """Usable bytes of L2; by default `USABLE_L2` of it."""
     loaded: float = 1.5
     """Latencies over those of an idle memory system."""
+    held_tbps: float = 0.0
+    """Of DRAM, in `lars_resident`; by default the same."""
 
     def __post_init__(self) -> None:
+        if not self.held_tbps:
+            object.__setattr__(self, "held_tbps", self.dram_tbps)
         if not self.capacity:
             object.__setattr__(self, "capacity", int(USABLE_L2 * self.l2_mb * 1e6))
 
 
 # L2: published microbenchmarks. DRAM and loaded latencies of the H200: fitted to measured steps, in
 # which reads and writes are mixed (a copy moves 4.23 TB/s); the latencies to ViT-B/16 with five
-# launch geometries (LOG.md). A100 and H100: the same share of their copy rates.
+# launch geometries (LOG.md). In `lars_resident`: what ncu counted on ViT-B/16; it sends for data
+# earlier. A100 and H100: the same shares of their copy rates.
 GPUS = {
     gpu.name: gpu
     for gpu in (
         Gpu("A100", 40, 108, 1.55, 5.4),
-        Gpu("H100", 50, 132, 2.65, 7.0),
-        Gpu("H200", 60, 132, 3.75, 9.7),
+        Gpu("H100", 50, 132, 2.65, 7.0, held_tbps=2.8),
+        Gpu("H200", 60, 132, 3.75, 9.7, held_tbps=3.96),
         # What microbenchmarks said before a step was measured on one: the model whose bounds the
         # kernel and its order were designed for.
         Gpu("H200 as published", 60, 132, 4.3, 9.7, int(0.7 * 60e6), 1.0),

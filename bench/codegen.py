@@ -156,8 +156,8 @@ def specialisations(target: str) -> list[Spec]:
     return specs + list({spec.constexprs: spec for spec in reversed(norms)}.values())[::-1]
 
 
-def residents(target: str) -> list[Spec]:
-    """`lars_resident` with its row for a target; none without one."""
+def resident_specialisations(target: str) -> list[Spec]:
+    """Those of `lars_resident`; none where the target has no row for it."""
     row = resident_row_for(target)
     if row is None:
         return []
@@ -295,7 +295,11 @@ def _row(task: tuple[Spec, str]) -> Row:
 
 def measure_all(targets: Sequence[str], jobs: int) -> list[Row]:
     """Every specialisation of the targets, compiled by ``jobs`` processes."""
-    tasks = [(spec, target) for target in targets for spec in specialisations(target)]
+    tasks = [
+        (spec, target)
+        for target in targets
+        for spec in specialisations(target) + resident_specialisations(target)
+    ]
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         return list(pool.map(_row, tasks, chunksize=4))
 

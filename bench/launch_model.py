@@ -96,7 +96,7 @@ def simulate_dynamic(
 
 PLACE = {"w": 0, "g": 1, "v": 2}
 Item = tuple[int, int, int]
-Wait = tuple[str, int]  # ("ratio", tensor)
+Wait = tuple[str, int]  # ("ratio" or "sums", tensor)
 
 
 class Launch:
@@ -117,7 +117,7 @@ class Launch:
         }
         self.to_come = [chunk_count(n, self.chunk) for n in numels]
         self.published = [False] * len(numels)
-        self.asleep: dict[int, list[tuple[float, int]]] = {}
+        self.asleep: dict[Wait, list[tuple[float, int]]] = {}
         self.first_key = [0]
         for count in self.to_come:
             self.first_key.append(self.first_key[-1] + count * chunk_count(self.chunk, self.block))
@@ -140,25 +140,24 @@ class Launch:
             except StopIteration:
                 continue
             if isinstance(after, tuple):
-                self.asleep.setdefault(after[1], []).append((now, n))
+                self.asleep.setdefault(after, []).append((now, n))
             else:
                 heapq.heappush(self.queue, (after, n))
         if self.asleep:
-            raise RuntimeError(f"the work list waits for itself at tensors {sorted(self.asleep)}")
+            raise RuntimeError(f"the work list waits for itself at {sorted(self.asleep)}")
         self.cache.flush()  # counted, though DRAM may take it after the kernel has ended
         return Traffic(sum(self.numels), self.cache.read, self.cache.written, now, self.waited)
 
     def publish(self, tensor: int, now: float) -> None:
         self.published[tensor] = True
-        for since in self.wake(tensor, now):
-            self.waited += now - since
+        self.waited += self.wake(("ratio", tensor), now)
 
-    def wake(self, key: int, now: float) -> list[float]:
-        """Let programs that are asleep at a key go on; since when they were."""
-        asleep = self.asleep.pop(key, [])
+    def wake(self, what: Wait, now: float) -> float:
+        """Let those go on that sleep until this: how long they slept, summed."""
+        asleep = self.asleep.pop(what, [])
         for _, n in asleep:
             heapq.heappush(self.queue, (now, n))
-        return [since for since, _ in asleep]
+        return sum(now - since for since, _ in asleep)
 
     def access(self, now: float, key: int, n: int, update: bool) -> float:
         """When the data of one block is there."""
@@ -166,7 +165,7 @@ class Launch:
 
     def move(self, now: float, key: int, n: int, reads: str, writes: str) -> float:
         """Read some operands of a block and write some: when what was read is there."""
-        cache, gpu, width = self.cache, self.gpu, self.width
+        cache, gpu, width, us = self.cache, self.gpu, self.width, self.latency(now)
         early = self.geometry.evict_first and writes != ""
         read, written = cache.read, cache.written
         for name in reads:
@@ -178,8 +177,12 @@ class Launch:
         through_l2 = n * max(width[reads], width[writes])
         self.dram_free = max(now, self.dram_free) + moved / gpu.dram_tbps * 1e-6
         self.l2_free = max(now, self.l2_free) + through_l2 / gpu.l2_tbps * 1e-6
-        arrival = self.l2_free + self.timing.l2 * self.us
-        return max(arrival, self.dram_free + self.timing.dram * self.us) if missed else arrival
+        arrival = self.l2_free + self.timing.l2 * us
+        return max(arrival, self.dram_free + self.timing.dram * us) if missed else arrival
+
+    def latency(self, now: float) -> float:
+        """Microseconds of a cycle of latency."""
+        return self.us
 
     def compute(self, now: float, sm: int, instructions: int, n: int) -> float:
         took = instructions * n / 2048 * self.cycle_us
@@ -193,12 +196,12 @@ class Launch:
         starts = range(0, elements, self.block)
         return [(first + j, min(self.block, elements - at)) for j, at in enumerate(starts)]
 
-    def tail(self, n: int) -> float:
+    def tail(self, n: int, now: float) -> float:
         """Round trips of a partial block beyond its first."""
         if n == self.block:
             return 0.0
         steps = -(-n // (self.geometry.threads * self.timing.tail_turns))
-        return (steps - 1) * self.timing.l2 * self.us
+        return (steps - 1) * self.timing.l2 * self.latency(now)
 
     def _drawn(self) -> Iterator[Item]:
         """What a program draws, one item after the other."""
@@ -213,7 +216,7 @@ class Launch:
             if kind & NORM:
                 now = yield now + t.norm_first * us
                 for key, n in blocks:
-                    now = yield self.access(now, key, n, False) + self.tail(n)
+                    now = yield self.access(now, key, n, False) + self.tail(n, now)
                     now = yield self.compute(now, sm, t.norm_block, n)
                 now = yield now + (t.reduce + t.next_item) * us
             if kind == NORM:
@@ -245,7 +248,7 @@ class Launch:
                 now = yield now + t.poll * us
         for key, n in blocks:
             if prefetched is None:
-                there = self.access(now, key, n, True) + self.tail(n)
+                there = self.access(now, key, n, True) + self.tail(n, now)
             else:
                 there, prefetched = max(now, prefetched), None
             now = yield there

@@ -1,125 +1,163 @@
 """The model of a launch of `lars_resident`, which holds w and g in shared memory.
 
-Every number that comes out of here is a PREDICTION of a model, never a measurement. It is good for
-long lists: what a tensor costs by itself it leaves out (GoogLeNet 37 us, measured 48).
+Every number that comes out of here is a PREDICTION of a model, never a measurement.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bench.cache_model import Gpu, Traffic
-from bench.launch_model import NOW, Geometry, Item, Launch, Timing, Wait
-from lars_fused._engine.plan import Plan, unpack_items
+from bench.launch_model import NOW, PLACE, Geometry, Item, Launch, Timing, Wait
+from lars_fused._engine.plan import Plan, chunk_count, unpack_items
 from lars_fused.kernels.layout import NORM, UPDATE
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step of a worker, by the walk of its machine code (`python -m bench.walk`, sm_90, fp32).
+    """A step of a worker, and what a finisher does: cycles, and instructions of a warp.
 
-    Instructions of a warp, and cycles that pass beside them where no data is waited for.
+    *walk*: `python -m bench.walk`, sm_90, fp32; cycles pass beside instructions, where no data is
+    waited for. *assumed*: what a launch reads once comes from DRAM. Were it in L2, the model would
+    have 79 % of the time that an H200 took for GoogLeNet.
     """
 
-    norm: int = 350  # instructions, from the wait for a copy to the store of the sums
-    sums: int = 455  # cycles of that beyond its instructions
-    update: int = 301  # instructions, from there to the last store of the update
-    end: int = 255  # instructions, from there to the next wait for a copy
-    wait: int = 3  # exposed latency of the rows of the steps to come
-    publish: int = 1409  # a finisher's last slots are there -> their ratio is published
+    start: int = 4 * NOW.dram  # assumed: found_inf, its number, items and rows, all cold
+    norm: int = 350  # walk: instructions, from the wait for a copy to the tagged store
+    norm_waits: int = 456  # walk
+    update: int = 301  # walk: instructions, from there to the last store of the update
+    update_waits: int = 126  # walk
+    end: int = 255  # walk: instructions, from there to the next wait for a copy
+    end_waits: int = 388  # walk, of words in L2
+    cold: int = NOW.dram - NOW.l2  # assumed: every step is the first to read its words
+    publish: int = 1427  # walk: a finisher has a tensor's last slots -> its ratio is published
+    turn: int = 255  # walk: a finisher has other slots -> the next ones are sent for
 
 
 HELD = Step()
+_LANES = 128  # slots of a finisher's turn
+_NOTHING: Item = (0, 0, 0)
 
 
 def simulate_resident(
     plan: Plan, numels: Sequence[int], gpu: Gpu, geometry: Geometry, slots: int, finishers: int,
     timing: Timing = NOW,
 ) -> Traffic:  # fmt: skip
-    """One step's items of order "resident" in fp32: workers hold `slots` chunks, others finish."""
+    """Run one step's items of order "resident" in fp32, by workers that hold `slots` chunks."""
     return _Resident(plan, numels, gpu, geometry, slots, finishers, timing).run()
 
 
 class _Resident(Launch):
-    """Workers go through their items step by step, finishers through their tensors."""
+    """Each worker goes through its items step by step, each finisher through its tensors."""
 
     def __init__(
         self, plan: Plan, numels: Sequence[int], gpu: Gpu, geometry: Geometry, slots: int,
         finishers: int, timing: Timing,
     ) -> None:  # fmt: skip
-        super().__init__(plan, numels, gpu, geometry, timing)
+        super().__init__(plan, numels, replace(gpu, dram_tbps=gpu.held_tbps), geometry, timing)
         self.work, self.lag, self.finishers = list(self.items), slots - 1, finishers
         self.finishes = unpack_items(plan.finishes)[1].tolist()
-        self.single = {i for i, chunks in enumerate(self.to_come) if chunks == 1}
+
+    def latency(self, now: float) -> float:
+        """Microseconds of a cycle of latency: memory that nobody waits for answers sooner."""
+        return self.us if self.dram_free > now else self.cycle_us
 
     def program(self, number: int) -> Iterator[float | Wait]:
-        if number < self.finishers:
-            return self._finisher(self.finishes[number :: self.finishers])
-        workers = self.programs - self.finishers
-        sm = number % self.gpu.multiprocessors
-        return self._worker(self.work[number - self.finishers :: workers], sm)
+        """A finisher or a worker."""
+        return self._finish(number) if number < self.finishers else self._work(number)
 
-    def _finisher(self, tensors: Sequence[int]) -> Iterator[float | Wait]:
-        now = yield 0.0
-        for tensor in tensors:
-            if self.to_come[tensor]:
-                now = yield "sums", self._sums(tensor)
-            # A slot is read over and over: on average half a trip passes, and one brings it.
-            now = yield now + 1.5 * self.timing.l2 * self.us
-            now = yield now + HELD.publish * self.cycle_us
-            self.publish(tensor, now)
-
-    def _sums(self, tensor: int) -> int:
-        """What a finisher that waits for the sums of a tensor is asleep at: no tensor's number."""
-        return -1 - tensor
-
-    def _worker(self, own: Sequence[Item], sm: int) -> Iterator[float | Wait]:
+    def _finish(self, number: int) -> Iterator[float | Wait]:
         t, held, us = self.timing, HELD, self.us
         now = yield 0.0
-        now = yield now + t.start * us
+        now = yield now + held.start * self.latency(now)
+        for tensor in self.finishes[number :: self.finishers]:
+            now = yield now + t.l2 * us  # its row
+            slots = chunk_count(self.numels[tensor], self.chunk)
+            # All but the last turn are added while other sums are still to come.
+            now = yield now + (-(-slots // _LANES) - 1) * (t.l2 * us + held.turn * self.cycle_us)
+            if self.to_come[tensor]:
+                now = yield "sums", tensor
+                now = yield now + t.l2 * us  # the store's way, and half of a poll's
+            now = yield now + t.l2 * us + held.publish * self.cycle_us
+            self.publish(tensor, now)
+
+    def _work(self, number: int) -> Iterator[float | Wait]:
+        t, held, cycle, sm = self.timing, HELD, self.cycle_us, number % self.gpu.multiprocessors
+        own = self.work[number - self.finishers :: self.programs - self.finishers]
+        now = yield 0.0
+        now = yield now + held.start * self.latency(now)
         momentum = now
-        there = [self._read(now, item, "wg") for item in own[:2]]
+        there = [self._copy(now, item, now) for item in own[:2]]
+
+        def item_of(step: int) -> Item:
+            return own[step] if 0 <= step < len(own) else _NOTHING
+
         for step in range(len(own) + self.lag if own else 0):
-            kind, tensor, _ = own[step] if step < len(own) else (0, 0, 0)
-            old = own[step - self.lag] if step >= self.lag else (0, 0, 0)
-            # Sent for into L2, and by the copy and the load at the end of this step from there.
-            coming = self._read(now, own[step + 2], "wg") if step + 2 < len(own) else None
-            before = step + 1 - self.lag
-            chunk = own[before] if 0 <= before < len(own) else (0, 0, 0)
-            if chunk[0] & UPDATE:
-                whole = self.blocks(*chunk[1:])[0][1] == self.block
-                momentum_1 = self._read(now, chunk, "v" if whole else "wgv")
-            if kind & NORM:
-                n = self.blocks(*own[step][1:])[0][1]
-                now = yield max(now, there[step]) + self.tail(n)
-                now = yield self.compute(now, sm, held.norm, n)
-                now = yield now + held.sums * self.cycle_us
-                self.to_come[tensor] -= 1
-                if self.to_come[tensor] == 0:
-                    if tensor in self.single:
-                        now = yield now + t.both * self.cycle_us
-                        self.publish(tensor, now)
-                    else:
-                        self.wake(self._sums(tensor), now + t.l2 * us)
+            item, old, next_old = (item_of(step - n) for n in (0, self.lag, self.lag - 1))
+            if step < len(own):
+                now = yield max(now, there[step])
+            # ptxas leaves the prefetches behind the wait for this step's copies.
+            momentum_near = self._prefetch(now, next_old, "v") if next_old[0] & UPDATE else now
+            near = self._prefetch(now, own[step + 2], "wg") if step + 2 < len(own) else now
+            if item[0] & NORM:
+                now = yield from self._sum(now, sm, item)
             if old[0] & UPDATE:
                 ((key, n),) = self.blocks(*old[1:])
                 if not self.published[old[1]]:
                     now = yield "ratio", old[1]
-                    now = yield now + t.poll / 2 * us
-                now = yield max(now, momentum) + self.tail(n)
+                    now = yield now + t.poll / 2 * self.us
+                now = yield max(now, momentum)
+                if not self._is_whole(old):
+                    now = yield self._read(now, old, "wgv")
                 now = yield self.compute(now, sm, held.update, n)
+                now = yield now + held.update_waits * cycle
                 self.move(now, key, n, "", "wv")
             now = yield self.compute(now, sm, held.end, 2048)
-            near = now + t.l2 * us
-            if coming is not None:
-                there.append(max(coming, near))
-            if chunk[0] & UPDATE:
-                momentum = max(momentum_1, near)
-            now = yield now + held.wait * self.us
+            if step + 2 < len(own):
+                there.append(self._copy(now, own[step + 2], near))
+            if next_old[0] & UPDATE and self._is_whole(next_old):
+                momentum = max(momentum_near, self._read(now, next_old, "v"))
+            now = yield now + held.end_waits * cycle + held.cold * self.latency(now)
         yield now
+
+    def _sum(self, now: float, sm: int, item: Item) -> Iterator[float | Wait]:
+        """A norm; of a tensor's only chunk its ratio too."""
+        ((_, n),) = self.blocks(*item[1:])
+        if not self._is_whole(item):
+            now = yield self._read(now, item, "wg")
+        now = yield self.compute(now, sm, HELD.norm, n)
+        now = yield now + HELD.norm_waits * self.cycle_us
+        tensor = item[1]
+        self.to_come[tensor] -= 1
+        if chunk_count(self.numels[tensor], self.chunk) == 1:
+            now = yield now + HELD.publish * self.cycle_us
+            self.publish(tensor, now)
+        elif self.to_come[tensor] == 0:
+            self.wake(("sums", tensor), now)
+        return now
+
+    def _is_whole(self, item: Item) -> bool:
+        return self.blocks(*item[1:])[0][1] == self.block
+
+    def _copy(self, now: float, item: Item, near: float) -> float:
+        """Send for w and g of a whole chunk, which are in L2 at `near`: when they are there."""
+        return max(near, self._read(now, item, "wg")) if self._is_whole(item) else now
 
     def _read(self, now: float, item: Item, operands: str) -> float:
         """Send for operands of an item's chunk: when they are there."""
         ((key, n),) = self.blocks(*item[1:])
-        return self.move(now, key, n, operands, "")
+        return self.move(now, key, n, operands, "") + self.tail(n, now)
+
+    def _prefetch(self, now: float, item: Item, operands: str) -> float:
+        """Send for operands of a whole chunk into L2: when DRAM has answered."""
+        if not self._is_whole(item):
+            return now
+        ((key, n),) = self.blocks(*item[1:])
+        cache, us = self.cache, self.latency(now)
+        before = cache.read + cache.written
+        for name in operands:
+            cache.touch(3 * key + PLACE[name], n * self.width[name])
+        moved = cache.read + cache.written - before
+        self.dram_free = max(now, self.dram_free) + moved / self.gpu.dram_tbps * 1e-6
+        return self.dram_free + self.timing.dram * us if moved else now

@@ -14,8 +14,11 @@ from dataclasses import dataclass
 
 from bench.assembly import Block
 
-# Cycles. Descriptors and flags: an L2 hit; data: DRAM under load; atomics return from L2.
-LATENCY = {"descriptor": 400, "data": 1300, "atomic": 700, "fence": 500, "barrier": 20}
+# Cycles. Descriptors, flags and data that was prefetched: an L2 hit; other data: DRAM under load;
+# atomics return from L2.
+LATENCY = {
+    "descriptor": 400, "prefetched": 400, "data": 1300, "atomic": 700, "fence": 500, "barrier": 20,
+}  # fmt: skip
 _UNITS = {"LDS": 29, "SHFL": 24, "F2F": 22, "MUFU": 22, "R2UR": 10, "S2R": 25, "S2UR": 25}
 _FP64, _ALU = 14, 5
 
@@ -86,15 +89,18 @@ def instructions(blocks: Sequence[Block], way: Sequence[int], turns: int = 1) ->
     return lines
 
 
-def walk(lines: Sequence[str], free: str = "$^") -> list[Step]:
-    """Issue instructions in order. Loads whose text matches `free` take no time."""
+def walk(lines: Sequence[str], free: str = "$^", data: int = LATENCY["data"]) -> list[Step]:
+    """Issue instructions in order. Loads whose text matches `free` take no time.
+
+    `data`: what other loads of tensors take.
+    """
     ready: dict[str, int] = {}
     now, steps = 0, []
     for text in lines:
         to, of = operands(text)
         at = max([now, *(ready.get(name, 0) for name in of)])
         steps.append(Step(at, at - now, text))
-        latency = _ALU if re.search(free, text) else _latency(text)
+        latency = _ALU if re.search(free, text) else _latency(text, data)
         for name in to:
             ready[name] = at + latency
         now = at + 1
@@ -107,10 +113,10 @@ def walk(lines: Sequence[str], free: str = "$^") -> list[Step]:
 
 
 @functools.cache
-def _latency(text: str) -> int:
+def _latency(text: str, data: int) -> int:
     base = _parse(text)[1].split(".")[0]
     if base == "LDG":
-        return LATENCY["data" if re.search(DATA, text) else "descriptor"]
+        return data if re.search(DATA, text) else LATENCY["descriptor"]
     if base == "ATOMG":
         return LATENCY["atomic"]
     if base in ("DADD", "DMUL", "DFMA", "DSETP"):
@@ -127,7 +133,7 @@ def _parse(text: str) -> tuple[str, str, list[str]]:
 
 _WRITES_NOTHING = (
     "STG", "STS", "LDGSTS", "BAR", "BRA", "MEMBAR", "CCTL", "EXIT", "ERRBAR", "CGAERRBAR", "CALL",
-    "NOP",
+    "NOP", "UBLKPF",
 )  # fmt: skip
 
 

@@ -3,8 +3,9 @@
 Every number that comes out of here is a PREDICTION of a model, never a measurement.
 
 `launch_model`, `resident_model` and `cache_model` say what is simulated; "H200 as published" is the
-GPU before one was measured. ``--default``: only the order and constants that `kernels/tuning.py`
-launches, and those that wait there to be measured. Columns beside the model's bytes and times:
+GPU before one was measured. ``--default``: only the orders and constants that `kernels/tuning.py`
+launches, those of `lars_resident` (order "resident") for every list, also where `lars_step` is
+chosen. Columns beside the model's bytes and times:
 
     cover       items between the last norm of a tensor and its first update, as a share of the
                 programs: the least of all tensors that wait, and of half of them
@@ -56,12 +57,15 @@ class Choice:
     window: float = tuning.WINDOW_SHARE
     slots: int = 0
     """Chunks that a worker of `lars_resident` holds (order "resident")."""
-    finishers: int = 0
-    """Programs of it that take no items."""
+    finishers: int = ROW.finishers
 
     @property
     def geometry(self) -> Geometry:
         return Geometry(self.chunk, self.block, self.per_sm, evict_first=self.evict_first)
+
+    def workers(self, gpu: Gpu) -> int:
+        """Programs that take items."""
+        return self.per_sm * gpu.multiprocessors - self.finishers
 
 
 _HELD = tuning.RESIDENT_ROWS["sm_9"]
@@ -97,7 +101,7 @@ def planned(model: str, gpu: Gpu, choice: Choice) -> Plan:
         lag=int(choice.lag * choice.per_sm * gpu.multiprocessors),
         bytes_per_element=8,
         order=choice.order,
-        span=max(0, choice.slots - 2) * (choice.per_sm * gpu.multiprocessors - choice.finishers),
+        span=(choice.slots - 2) * choice.workers(gpu) if choice.slots else 0,
     )
 
 
@@ -152,8 +156,9 @@ def sweep() -> list[tuple[str, str, Choice]]:
 
 def line(model: str, gpu: Gpu, choice: Choice) -> dict[str, object]:
     """One line of the table."""
-    programs = choice.per_sm * gpu.multiprocessors
+    programs = choice.workers(gpu)
     traffic = predict(model, gpu, choice)
+    rate = gpu.held_tbps if choice.slots else gpu.dram_tbps
     plan = quality(planned(model, gpu, choice), choice.chunk, programs)
     return {
         "model": model,
@@ -161,7 +166,7 @@ def line(model: str, gpu: Gpu, choice: Choice) -> dict[str, object]:
         **{name: int(x) if name == "evict_first" else x for name, x in asdict(choice).items()},
         "bytes_per_parameter": round(traffic.per_parameter, 3),
         "model_us": round(traffic.us, 1),
-        "floor_20_us": round(20 * traffic.parameters / gpu.dram_tbps * 1e-6, 1),
+        "floor_20_us": round(20 * traffic.parameters / rate * 1e-6, 1),
         "wait_us_per_program": round(traffic.wait_us / programs, 1),
         "least_cover": round(plan.least_cover, 2),
         "median_cover": round(plan.median_cover, 2),

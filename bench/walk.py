@@ -27,7 +27,7 @@ from bench.codegen import (
     Spec,
     build,
     environment,
-    residents,
+    resident_specialisations,
     specialisations,
 )
 from bench.launch_model import NOW
@@ -168,20 +168,24 @@ def _next_item(item: Item) -> str:
 
 @dataclass(frozen=True)
 class Held:
-    """Of a step of `lars_resident`: cycles, and instructions of a warp."""
+    """Of a step of `lars_resident`: instructions of a warp, and cycles that it waits beside them.
+
+    A step is `norm`, from the wait for a copy to the tagged store of its sums; `update`, from there
+    to the last store; `end`, from there to the next wait for a copy. As if a copy were there.
+    """
 
     step: int
-    exposed: int
-    """Cycles before the wait for this step's copy that are spent waiting for rows and momentum."""
-    momentum: int
-    """Of these, those for momentum: what was just sent for is taken apart in the same step."""
     norm_issued: int
-    sums: int
-    """From the wait for the copy to the store of the sums, beyond the instructions in between."""
+    norm_waits: int
     update_issued: int
+    update_waits: int
     end_issued: int
+    end_waits: int
+    """For words and rows of the steps to come; with 16 bits for momentum too, an L2 hit."""
     publication: int
-    """From a finisher's last slots, when they are there, to the published ratio."""
+    """From when a finisher has the last slots of a tensor to its published ratio."""
+    turn: int
+    """From when it has slots that are not the last to its sending for the next ones."""
     dram: int
     """Cycles that the DRAM of an H200 takes for a step's bytes of a multiprocessor's programs."""
 
@@ -192,42 +196,50 @@ class Held:
 
 
 COPIES, WAIT = r"LDGDEPBAR", r"DEPBAR\.LE"  # copies are sent for; those of this step are there
-STORED = PUBLISH  # a worker's sums, by the same atomic
-SLOT = r"LDG\.E\.64\.STRONG\.SYS .*\+0x10\]"  # the third word of a slot, which comes last
+SLOT = rf"@!P\d {POLL}"  # of a tensor's sums: a finisher's lanes have one each, or none
 
 
 def held_path(made: Build) -> list[str]:
     """A step of `lars_resident` that sums a chunk and updates one, from copies to copies."""
-    return _held(made, [COPIES, WAIT, STORED, UPDATE_STORE, COPIES], f"{SLOW}|{TAIL}|{ROOT}")
+    waypoints = [COPIES, WAIT, PUBLISH, UPDATE_STORE, COPIES]  # PUBLISH: of its sums, tagged
+    return _along(made, waypoints, f"{SLOW}|{TAIL}|{ROOT}")
 
 
-def _held(made: Build, waypoints: Sequence[str], avoid: str) -> list[str]:
+def finish_path(made: Build) -> list[str]:
+    """What a finisher does with the last two turns of a tensor's slots, which are there."""
+    return _along(made, [SLOT, r"^DADD", SLOT, PUBLISH], f"{SLOW}|{TAIL}")
+
+
+def _along(made: Build, waypoints: Sequence[str], avoid: str) -> list[str]:
     blocks = control_flow(made.machine)
     return instructions(blocks, route(blocks, waypoints, avoid))
 
 
 def held(made: Build) -> Held:
-    """Walk a step of `lars_resident` for sm_90, and the end of a tensor."""
-    lines = held_path(made)
-    steps, there = walk(lines), walk(lines, DATA)
-    waits, stored, first_copy = (find(steps, x) for x in (WAIT, STORED, COPIES))
-    copies = [n for n, step in enumerate(steps) if re.search(COPIES, step.text)]
-    stores = [n for n, step in enumerate(steps) if re.search(UPDATE_STORE, step.text)]
-    last = walk(_held(made, [SLOT, PUBLISH], f"{SLOW}|{TAIL}|{WAIT}"))
-    before = waits - first_copy
-    exposed, rows = (x[waits].cycle - x[first_copy].cycle - before for x in (steps, there))
+    """Walk a step of `lars_resident` for sm_90, and the end of a finisher's tensor."""
+    steps = walk(held_path(made), data=LATENCY["prefetched"])
+    last = walk(finish_path(made), SLOT)
+    begin, copied, stored = (find(steps, x) for x in (COPIES, WAIT, PUBLISH))
+    updated, end = (last_of(steps, x) for x in (UPDATE_STORE, COPIES))
+    added = find(last, "DADD")
+    turn, next_turn = last_of(last[:added], SLOT), added + find(last[added:], SLOT)
+
+    def waits(first: int, behind: int) -> int:
+        return steps[behind].cycle - steps[first].cycle - (behind - first)
+
     return Held(
-        step=steps[copies[-1]].cycle - steps[first_copy].cycle,
-        exposed=exposed,
-        momentum=exposed - rows,
-        norm_issued=stored - waits,
-        sums=steps[stored].cycle - steps[waits].cycle - (stored - waits),
-        update_issued=stores[-1] - stored,
-        end_issued=copies[-1] - stores[-1] + before,
-        publication=last[find(last, PUBLISH)].cycle - last[find(last, SLOT)].cycle
-        - LATENCY["descriptor"],
+        step=steps[end].cycle - steps[begin].cycle,
+        norm_issued=stored - copied,
+        norm_waits=waits(copied, stored),
+        update_issued=updated - stored,
+        update_waits=waits(stored, updated),
+        # From copies to copies: its end is in two parts.
+        end_issued=end - updated + copied - begin,
+        end_waits=waits(updated, end) + waits(begin, copied),
+        publication=last[find(last, PUBLISH)].cycle - last[last_of(last, SLOT)].cycle,
+        turn=last[next_turn].cycle - last[turn].cycle,
         dram=dram_cycles(made.spec),
-    )  # fmt: skip
+    )
 
 
 def dram_cycles(spec: Spec) -> int:
@@ -238,13 +250,18 @@ def dram_cycles(spec: Spec) -> int:
     values, gpu = dict(spec.constexprs), GPUS["H200"]
     moved = ("W", "G", "V", "W", "V", "COPY")
     bits = sum(values[f"{x}_DT"].primitive_bitwidth for x in moved if values.get(f"{x}_DT"))
-    cycle_bytes = gpu.dram_tbps * 1e3 / NOW.ghz / gpu.multiprocessors
+    cycle_bytes = gpu.held_tbps * 1e3 / NOW.ghz / gpu.multiprocessors
     return round(2 * values["CHUNK"] * bits / 8 / cycle_bytes)
 
 
 def find(steps: Sequence[Step], pattern: str) -> int:
     """The place of the first instruction that matches."""
     return next(n for n, step in enumerate(steps) if re.search(pattern, step.text))
+
+
+def last_of(steps: Sequence[Step], pattern: str) -> int:
+    """The place of the last instruction that matches."""
+    return max(n for n, step in enumerate(steps) if re.search(pattern, step.text))
 
 
 KEY = ("kernel", "case", "target")
@@ -267,7 +284,7 @@ def line(spec: Spec, target: str) -> dict[str, str]:
 
 def cases(kernel: str) -> list[tuple[Spec, str]]:
     """What is walked of a kernel."""
-    listed = residents if kernel == "lars_resident" else specialisations
+    listed = resident_specialisations if kernel == "lars_resident" else specialisations
     return [(s, target) for target in NVIDIA for s in listed(target) if s.name == kernel]
 
 

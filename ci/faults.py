@@ -270,6 +270,12 @@ FAULTS = [
           "kernels/resident:same_bits_as", RESIDENT,
           "gl.where(slot_1 == SLOTS - 1, 0, slot_1 + 1)",
           "gl.where(slot_1 == SLOTS - 1, 0, slot_1)"),
+    Fault("held: a step waits for its copies before it prefetches", "codegen",
+          "kernels/resident_codegen:begins_with", RESIDENT,
+          "        prefetch_copy(item_2, row_2, thread, CHUNK, W_DT, G_DT)\n"
+          "        async_copy.wait_group(1)\n",
+          "        async_copy.wait_group(1)\n"
+          "        prefetch_copy(item_2, row_2, thread, CHUNK, W_DT, G_DT)\n"),
     Fault("held: nobody waits for a ratio", "ptx", "kernels/resident:same_bits_as", RESIDENT,
           "if waits_for_ratio(old_switches):", "if old_switches < 0:"),
     Fault("held: more than fits", "cpu", "kernels/resident:no_item_waits or ring_holds", TUNING,
