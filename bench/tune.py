@@ -1,10 +1,10 @@
 """Sweep the launch constants of this GPU.
 
-A candidate is a row of `kernels/tuning.py`. Each is timed against the current row of `lars_step`,
-interleaved, the L2 cold, on three models, and ranked by the geometric mean of its times over the
-current row's.
+Each row is timed against the current row of `lars_step` (`kernels/tuning.py`), interleaved, the L2
+cold, on three models, and ranked by the geometric mean of its times over the current row's.
 
-0. The row of `lars_resident` and those nearest to it, if the architecture has one.
+0. The row of `lars_resident` and its neighbours, where the architecture has one; on every model,
+   whether or not it suits that kernel.
 1. The grid: every combination of the constants that interact (order, eviction, block, programs,
    polling), in few rounds, those nearest to the current row first.
 2. The best of the grid again, in more rounds; then, from the best of these, each constant in turn.
@@ -21,7 +21,7 @@ import ast
 import csv
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import geometric_mean, median
 from typing import Any, NamedTuple
@@ -116,17 +116,18 @@ def grid(present: Any, l2_bytes: int) -> list[Any]:
 
 
 def resident_rows(architecture: str, present: Any) -> list[Any]:
-    """The row of `lars_resident`, each of a few constants in turn, one program a multiprocessor."""
+    """The row of `lars_resident`; its neighbours; the same with one program a multiprocessor."""
     row = tuning.resident_row_for(architecture)
     if row is None:
         return []
     row = row._replace(window=present.window, record=present.record)
-    changes: list[dict[str, Any]] = [
-        {"finishers": 2}, {"finishers": 8}, {"backoff": 0}, {"evict": ""},
-        {"chunk": 2 * row.chunk, "block": 2 * row.block, "ring": 2 * row.ring, "programs": 1,
-         "threads": 2 * row.threads, "num_warps": 2 * row.num_warps},
-    ]  # fmt: skip
-    return [row, *(row._replace(**change) for change in changes)]
+    values = {"finishers": (2, 4, 8), "backoff": (0, 200), "evict": ("",)}
+    near = [row._replace(**{name: value}) for name in values for value in values[name]]
+    alone = row._replace(
+        chunk=2 * row.chunk, block=2 * row.block, ring=2 * row.ring, threads=2 * row.threads,
+        num_warps=2 * row.num_warps, programs=1,
+    )  # fmt: skip
+    return list(dict.fromkeys([row, *near, alone]))
 
 
 def neighbours(best: Any, l2_bytes: int) -> Iterator[Any]:
@@ -233,20 +234,17 @@ class Results:
                 table.writeheader()
             table.writerow({**line, **texts, **result.times})
 
-    def best(self, count: int, rounds: int = QUICK) -> list[Result]:
-        """The fastest, of those that were timed in so many rounds."""
-        known = [result for result in self.held.values() if result.rounds >= rounds]
+    def best(self, count: int, rounds: int = QUICK, resident: bool = False) -> list[Result]:
+        """The fastest of one kernel, of those that were timed in so many rounds."""
+        known = [
+            result for result in self.held.values()
+            if result.rounds >= rounds and (result.row.order == "resident") == resident
+        ]  # fmt: skip
         return sorted(known, key=lambda result: result.ratio)[:count]
 
 
-def search(
-    tuner: Any, budget: Budget, results: Results, pieces: Pieces, lost: set[str],
-    first: Sequence[Any] = (),
-) -> None:  # fmt: skip
-    """The grid in the first half of the time, then one constant at a time, then the best again.
-
-    Rows of ``first`` come before all others.
-    """
+def search(tuner: Any, budget: Budget, results: Results, pieces: Pieces, lost: set[str]) -> None:
+    """`lars_resident`; the grid in the first half of the time; one constant at a time; the best."""
     present, whole = tuner.present, budget.left
     failed: set[Any] = set()
 
@@ -260,7 +258,7 @@ def search(
         with pieces.piece(name, 60.0, budget):
             try:
                 ratio, times = tuner.times(row, rounds)
-            except GateError:  # no matter of speed
+            except GateError:
                 raise
             except Exception as error:  # whatever keeps constants from compiling
                 failed.add(row)
@@ -270,7 +268,7 @@ def search(
         print(f"  {ratio:.3f}", flush=True)
 
     time(present, USUAL)
-    for row in first:
+    for row in resident_rows(tuner.architecture, present):
         time(row, USUAL)
     for row in grid(present, tuner.l2):
         if budget.left > whole / 2:
@@ -283,7 +281,7 @@ def search(
             if budget.left > whole / 10:
                 time(row, USUAL)
         before = best
-    for result in results.best(3, USUAL):
+    for result in [*results.best(3, USUAL), *results.best(1, USUAL, resident=True)]:
         time(result.row, MANY)
 
 
@@ -294,9 +292,8 @@ def main(folder: Path, budget: Budget, make: Callable[..., Any] = CudaTimer) -> 
     left_out = [n for n in tuner.present._fields if n not in swept(tuner.present, tuner.l2)]
     print(f"present row: {tuner.present}\nnot swept: {', '.join(left_out)}", flush=True)
     lost = set(environment.read(folder).get("lost", {}))
-    first = resident_rows(tuner.architecture, tuner.present)
     try:
-        search(tuner, budget, results, Pieces(folder), lost, first)
+        search(tuner, budget, results, Pieces(folder), lost)
     except GateError as error:
         environment.note(folder, gate={f"tune, {torch.cuda.get_device_name()}": str(error)})
         raise
@@ -307,7 +304,7 @@ def main(folder: Path, budget: Budget, make: Callable[..., Any] = CudaTimer) -> 
 
 def show(results: Results) -> None:
     print(f"\nby {RATIO}, geometric mean of {', '.join(MODELS)}:")
-    for result in results.best(20):
+    for result in [*results.best(9, resident=True), *results.best(20)]:
         figures = "  ".join(f"{result.times[m]:8.1f}" for m in MODELS if m in result.times)
         what = label(result.row, results.present)
         print(f"{result.ratio:.3f}  {result.rounds:2} rounds  {figures}  {what}")

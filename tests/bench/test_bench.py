@@ -17,9 +17,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import cases, harness, peers, timers, variants
-from bench.cases import DTYPES, Case, model_case, sweep_case
+from bench import cases, harness, peers, test_step_gpu, timers, variants
+from bench.cases import DTYPES, Case, model_case, slug, sweep_case
 from bench.harness import COPY, GateError, Recorder, Truth, disagreement, measure
+from bench.models import MODELS
 from bench.test_step_host import (
     FOREACH,
     STUBBED,
@@ -89,6 +90,50 @@ def test_ours_passes_the_gate(launches, backend):
     variant = peers.ours(inputs, launches, backend)
     assert disagreement(variant, Truth(inputs)) <= 1
     assert variant.step.__self__.backend == backend
+
+
+@pytest.fixture
+def small_sm_90(monkeypatch):
+    """A GPU of four multiprocessors, launches stubbed, and a list that suits its rings."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(internals.launch, "architecture", lambda device: ("sm_90", 4, 1 << 24))
+    with stubbed_launches() as made:
+        yield made, Case("small", "fp32", [(f"layer{i}", (200, 200)) for i in range(3)])
+
+
+@pytest.mark.parametrize(
+    ("name", "suits", "kernels"),
+    [
+        (peers.ONE, True, ["lars_resident"]),
+        (peers.ONE, False, ["lars_step"]),
+        (peers.CACHED, True, ["lars_step"]),
+        (peers.TWO, True, ["l2norm", "lars_update"]),
+    ],
+)
+def test_what_each_variant_of_ours_launches(name, suits, kernels, small_sm_90, monkeypatch):
+    tuning = internals.kernels().tuning
+    made, case = small_sm_90
+    if not suits:
+        monkeypatch.setattr(tuning, "LEAST_FILLS", 3)
+    variant = peers.LADDER[name](case.inputs(CPU))
+    for _ in range(2):
+        variant.step()
+    assert made == 2 * kernels
+    (work,) = internals.launches(variant.step.__self__)
+    resident = kernels == ["lars_resident"]
+    row = tuning.resident_row_for("sm_90") if resident else tuning.row_for("sm_90")
+    assert work.schedule.target.row == row
+
+
+def test_what_holding_on_chip_gains_is_timed_on_whole_models_in_fp32_alone():
+    assert [*peers.LADDER] == [peers.FLOOR, peers.ONE, peers.CACHED, peers.TWO]
+    assert peers.CACHED not in peers.CPU_LADDER
+    beside = {run.label for run in test_step_gpu.RUNS if peers.CACHED in run.builders}
+    assert {"first-resnet50-fp32", "first-vitb16-fp32"} <= beside
+    models = {slug(name) for name in MODELS}
+    assert {tuple(label.split("-")[1:]) for label in beside} <= {(m, "fp32") for m in models}
+    for run in test_step_gpu.RUNS:
+        assert {peers.FLOOR, peers.ONE} <= {*run.builders}  # ratios are taken within one run
 
 
 @pytest.mark.parametrize("field", ["lr", "momentum", "weight_decay", "trust_coefficient"])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import math
+import os
 from collections import namedtuple
 from types import SimpleNamespace
 
@@ -15,7 +17,6 @@ from bench.budget import Budget
 from bench.harness import GateError
 from bench.supervise import Pieces
 from bench.test_step_host import stubbed_launches
-from lars_fused._engine import launch_schedule
 from tests import internals
 
 pytest.importorskip("triton")
@@ -169,47 +170,52 @@ def test_the_tuner_times_every_row_beside_the_present_one(tuner, tmp_path):
     assert all(math.isfinite(result.ratio) for result in results.held.values())
 
 
-def test_a_candidate_is_launched_with_its_constants_and_leaves_no_trace(tuner):
-    rows = internals.kernels().tuning.ROWS
-    before = dict(rows)
-    row = tune.changed(tuner.present, chunk=4096, evict="evict_first", window=123)
-    with tune.used(row, "interpreter"):
-        assert internals.kernels().tuning.row_for("interpreter") == row
+def test_a_row_is_launched_as_it_is_and_leaves_no_trace(tuner, monkeypatch):
+    """Whichever kernel it is for, and whichever suits the list."""
+    tuning = internals.kernels().tuning
+    monkeypatch.setattr(internals.launch, "architecture", lambda device: ("sm_90", 4, L2))
+    before = dict(tuning.ROWS), dict(tuning.RESIDENT_ROWS), dict(os.environ)
+    tuner.architecture = "sm_90"
+    (resident, *_) = tune.resident_rows("sm_90", PRESENT)
+    rows = [tune.changed(PRESENT, chunk=8192, evict="", window=123), resident]
+    for row, least in itertools.product(rows, (0, math.inf)):
+        monkeypatch.setattr(tuning, "LEAST_FILLS", least)  # whether every list suits the rings
         variant = tuner._variant(row, 0)
-    (work,) = internals.launches(variant.step.__self__)
-    assert work.schedule.target.row == row
-    assert rows == before
+        (work,) = internals.launches(variant.step.__self__)
+        assert work.schedule.target.row == row
+        assert work.schedule.target.kernel == ("lars_resident" if row is resident else "lars_step")
+    assert before == (tuning.ROWS, tuning.RESIDENT_ROWS, os.environ)
 
 
-def test_rows_of_the_other_kernel_come_first(tmp_path):
-    """Its own row, one constant of it in turn, one program a multiprocessor; and no row twice."""
+def test_rows_of_the_resident_kernel_come_first_and_the_best_of_each_kernel_last(tmp_path):
+    """And the faster kernel's row does not become the one around which the other is swept."""
     asked = []
 
     def times(row, rounds):
-        asked.append(row)
-        return 1.0, {}
+        asked.append((row, rounds))
+        resident = 0.5 + 0.1 * abs(row.finishers - 2)
+        return resident if row.order == "resident" else 1 - row.lag / 100, {}
 
-    tuner = SimpleNamespace(present=PRESENT, times=times, l2=L2)
-    results = tune.Results(tmp_path / "t.csv", PRESENT)
-    first = tune.resident_rows("sm_90", PRESENT)
-    tune.search(tuner, Budget(0.5), results, Pieces(tmp_path), set(), first)
-    assert asked[: 1 + len(first)] == [PRESENT, *first]
-    assert [row.order for row in first] == ["resident"] * len(set(first))
-    assert [row.programs for row in first] == [2] * (len(first) - 1) + [1]
-    assert all(tune.possible(row) for row in first)
+    clock = Budget(60.0)
+    tuner = SimpleNamespace(present=PRESENT, times=times, l2=L2, architecture="sm_90")
+    results = tune.Results(tmp_path / "tune.csv", PRESENT)
+    tune.search(tuner, clock, results, Pieces(tmp_path), set())
+    (now, *near) = tune.resident_rows("sm_90", PRESENT)
+    assert asked[: len(near) + 2] == [(row, tune.USUAL) for row in (PRESENT, now, *near)]
+    assert all(tune.possible(row) for row in (now, *near))
+    assert (now.finishers, now.backoff, now.programs) == (4, 200, 2)
+    assert {tune.label(row, now) for row in near[:-1]} == {
+        "finishers=2", "finishers=8", "backoff=0", "evict=''",
+    }  # fmt: skip
+    assert near[-1].programs == 1
+    last = [row for row, rounds in asked if rounds == tune.MANY]
+    assert [row.order == "resident" for row in last] == [False, False, False, True]
+    assert last[0].lag == max(tune.VALUES["lag"])
+    assert last[-1] == now._replace(finishers=2)
+    rest = [row for row, _ in asked[len(near) + 2 : -1]]
+    assert not any(row.order == "resident" for row in rest)
+    assert tune.Results(tmp_path / "tune.csv", PRESENT).held == results.held
+
+
+def test_an_architecture_without_a_row_for_it_has_none():
     assert tune.resident_rows("sm_80", PRESENT) == []
-
-
-def test_a_row_is_launched_by_its_kernel(monkeypatch):
-    """Of either kernel, whatever would be chosen for the list."""
-    tuning = internals.kernels().tuning
-    rows = dict(tuning.ROWS), dict(tuning.RESIDENT_ROWS)
-    monkeypatch.setattr(internals.launch, "architecture", lambda device: ("sm_90", 132, 60 << 20))
-    for row in (tuning.RESIDENT_ROWS["sm_9"]._replace(backoff=0), PRESENT):
-        with tune.used(row, "sm_90"):
-            made = launch_schedule.schedule(
-                torch.device("cpu"), internals.launch.Dtypes(*[torch.float32] * 3),
-                launch_schedule.Contents((7,), (True,), (0,), (False,), 1),
-            )  # fmt: skip
-        assert made.target.row == row
-    assert rows == (tuning.ROWS, tuning.RESIDENT_ROWS)

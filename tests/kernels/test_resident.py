@@ -7,7 +7,6 @@ import os
 import pytest
 import torch
 
-from bench import small_step
 from bench.models import MODELS, adapted
 from lars_fused import LARS
 from lars_fused._engine import launch_schedule
@@ -354,16 +353,6 @@ def test_a_slot_of_the_step_before_is_waited_for(row, machine):
     expected = stepped("cpu", 2, specs, steps=4)
     machine.schedule = {"seed": 1, "by_warp": True}
     assert stepped("cpu", 1, specs, steps=4) == expected
-
-
-@pytest.mark.ptx
-def test_a_gpu_run_begins_with_steps_of_either_kernel(row, machine, monkeypatch, capsys):
-    short = tuning.row_for("sm_90")._replace(chunk=row.chunk, block=row.block)
-    monkeypatch.setitem(tuning.ROWS, "sm_90", short)
-    monkeypatch.setattr(small_step, "MORE", 9)
-    small_step.main("cpu")
-    assert {"lars_step", "lars_resident", "l2norm", "lars_update"} == set(machine.launches)
-    assert capsys.readouterr().out.count("agree") == 2
 
 
 @pytest.mark.ptx
