@@ -195,16 +195,16 @@ def build(case: Case, device: torch.device, builders: Builders) -> tuple[
 
 def measure(
     case: Case, device: torch.device, builders: Builders, recorder: Recorder, *,
-    rounds: int = 50, seconds: float = 6.0, host: bool = True, gate: str = "gate",
+    rounds: int = 50, seconds: float = 6.0, host: bool = True,
 ) -> Measured:  # fmt: skip
     """Gate, time and record one case: GPU time (or wall time on a CPU), host time, copy.
 
-    Where one of ours disagrees with the reference, that is noted under ``gate``.
+    Where one of ours disagrees with the reference, that is noted under "gate".
     """
     try:
         variants, absent = build(case, device, builders)
     except GateError as error:
-        recorder.note(**{gate: {f"{case.name}, {case.dtype}": str(error)}})
+        recorder.note(gate={f"{case.name}, {case.dtype}": str(error)})
         raise
     timer = timer_for(device)
     size = case.copy_elements(device)
