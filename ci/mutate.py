@@ -29,7 +29,7 @@ CPU_SECONDS, SECONDS = 100, 900
 
 def copy_of_repository(to: Path) -> None:
     ignored = shutil.ignore_patterns(
-        ".git", ".venv", "__pycache__", ".hypothesis", ".*_cache", "out", "results", "*.egg-info"
+        ".git", ".venv", "__pycache__", ".hypothesis", ".*_cache", "out", "20??-*", "*.egg-info"
     )
     for name in ("lars_fused", "kernels", "bench", "tests", "pyproject.toml"):
         source = ROOT / name
